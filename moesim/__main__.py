@@ -1,0 +1,7 @@
+"""``python -m moesim``."""
+
+import sys
+
+from moesim.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The engines that replay a trace under a policy."""
