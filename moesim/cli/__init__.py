@@ -1,0 +1,59 @@
+"""The command line: arguments in, exit codes out; no logic.
+
+Results go to stdout, progress and errors to stderr. Codes: 0 done, 2 a mistake of the user's,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from moesim import __version__
+from moesim.errors import MoesimError
+
+COMMANDS = ("replay", "trace", "policies", "profiles", "diff")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="moesim",
+        description="Replay recorded Mixture-of-Experts routing under expert-offloading policies.",
+        epilog="example: moesim replay --trace demo --policy lru,lfu --capacity 25%%",
+    )
+    top.add_argument("--version", action="version", version=f"moesim {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        import_module(f"moesim.cli.{name}").add_parser(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.func(args)
+        sys.stdout.flush()
+        return code
+    except MoesimError as error:
+        print(f"moesim: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moesim: interrupted; nothing half-written was kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left; what it wanted, it has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"moesim: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

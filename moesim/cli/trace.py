@@ -1,0 +1,193 @@
+"""``moesim trace``: look at, verify, cut, import and make traces."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.trace_make import add_convert, add_synth
+from moesim.errors import TraceError
+
+if TYPE_CHECKING:
+    from moesim.traces.schema import TraceMeta
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the ``trace`` command and its own commands."""
+    parser = subparsers.add_parser(
+        "trace",
+        help="look at, verify, cut, import and make traces",
+        description="Look at, verify, cut, import and make routing traces.",
+    )
+    commands = parser.add_subparsers(dest="trace_command", required=True, metavar="COMMAND")
+    _add_info(commands)
+    _add_check(commands)
+    _add_head(commands)
+    add_convert(commands)
+    add_synth(commands)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen trace command; its exit code."""
+    code: int = args.func(args)
+    return code
+
+
+def _add_info(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="what a trace says about itself",
+        description="Print the metadata of a trace. Reads no rows; `trace check` verifies them.",
+    )
+    parser.add_argument("trace", type=Path, help="trace file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run_info)
+
+
+def _add_check(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="verify every law of the format",
+        description="Verify order, ranges, distinct experts, whole layers, weights, counts and "
+        "digest; warn where the routing itself looks wrong. Code 2 if a law is broken.",
+    )
+    parser.add_argument("trace", type=Path, help="trace file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run_check)
+
+
+def _add_head(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "head",
+        help="write the first tokens or requests as a trace",
+        description="Write the first tokens or requests of a trace as a trace of its own.",
+    )
+    parser.add_argument("source", type=Path, help="trace file to read")
+    parser.add_argument("target", type=Path, help="trace file to write")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--tokens", type=int, metavar="N", help="first N tokens")
+    size.add_argument("--requests", type=int, metavar="N", help="first N requests")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run_head)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Print what the trace says about itself. Raises `TraceError`."""
+    from moesim.traces.reader import TraceReader
+
+    with TraceReader(args.trace) as reader:
+        meta = reader.meta
+    if args.json:
+        size = {"bytes": args.trace.stat().st_size}
+        print(json.dumps({**_head_of(args.trace), **size, "meta": json.loads(meta.to_json())}))
+        return 0
+    for name, value in _described(meta, args.trace.stat().st_size):
+        print(f"{name:<11}{value}")
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Verify the trace. Raises `TraceError` at the first broken law."""
+    from moesim.traces.check import check_file
+    from moesim.traces.reader import TraceReader
+
+    try:
+        with TraceReader(args.trace) as reader:
+            total = reader.meta.rows
+        with _progress("checking", total) as advance:
+            report = check_file(args.trace, advance)
+    except TraceError as error:
+        if args.json:
+            print(json.dumps({**_head_of(args.trace), "ok": False, "error": str(error)}))
+        raise
+    if args.json:
+        told = {"ok": True, **_counts(report.meta), "warnings": report.warnings}
+        print(json.dumps({**_head_of(args.trace), **told}))
+        return 0
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+    print(f"{args.trace}: every law holds ({_in_words(report.meta)})")
+    return 0
+
+
+def run_head(args: argparse.Namespace) -> int:
+    """Write the head. Raises `TraceError`, `UsageError`."""
+    from moesim.traces.head import head
+
+    meta = head(args.source, args.target, tokens=args.tokens, requests=args.requests)
+    if args.json:
+        print(json.dumps({**_head_of(args.target), **_counts(meta)}))
+    else:
+        print(f"{args.target}: {_in_words(meta)}")
+    return 0
+
+
+def _head_of(path: Path) -> dict[str, Any]:
+    return {"schema": 1, "path": str(path)}
+
+
+def _counts(meta: TraceMeta) -> dict[str, Any]:
+    names = ("requests", "tokens", "rows", "digest")
+    return {"phases": list(meta.phases), **{name: getattr(meta, name) for name in names}}
+
+
+def _in_words(meta: TraceMeta) -> str:
+    return (
+        f"{meta.requests:,} requests, {meta.tokens:,} tokens, {meta.rows:,} rows, "
+        f"digest {meta.digest[:12]}"
+    )
+
+
+def _described(meta: TraceMeta, size: int) -> Iterator[tuple[str, str]]:
+    model = meta.model
+    stacks = ", ".join(f"{stack.name} {stack.layers}" for stack in model.stacks)
+    yield "model", f"{model.name} ({model.source})"
+    yield "shape", f"{model.layers} MoE layers ({stacks}), top {model.top_k} of {model.experts}"
+    yield "rows", f"{_in_words(meta)}, {size / 1e6:.1f} MB"
+    yield "phases", ", ".join(meta.phases)
+    yield "columns", ", ".join(_optional_columns(meta)) or "no optional ones"
+    yield "rank order", meta.rank_order
+    yield "score", meta.score
+    for name in ("dataset", "split", "seed", "dtype", "device", "source"):
+        value = getattr(meta, name)
+        if value not in (None, ""):
+            yield name, str(value)
+    if meta.versions:
+        yield "versions", ", ".join(f"{name} {text}" for name, text in meta.versions.items())
+    for note in meta.notes:
+        yield "note", note
+
+
+def _optional_columns(meta: TraceMeta) -> Iterator[str]:
+    flags = {
+        "weights": meta.has_weights,
+        "gate": meta.has_gate,
+        "input_norm": meta.has_norms,
+        "token": meta.has_tokens,
+        "expert_norms": meta.expert_norms is not None,
+    }
+    yield from (name for name, there in flags.items() if there)
+    yield from (f"ahead{distance}[{width}]" for distance, width in sorted(meta.ahead.items()))
+    if meta.embedding != "none":
+        yield f"embedding per {meta.embedding}"
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], object] | None]:
+    """Yield a function to call with each amount done; None where nobody watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda amount: bar.advance(task, amount)

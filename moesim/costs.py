@@ -1,0 +1,272 @@
+"""What each action costs on a machine, in whole nanoseconds.
+
+Every cost is exact integer arithmetic on the profile's numbers (a float rate is taken as the exact
+fraction that it is), rounded up once, so that engines and orders of evaluation agree to the
+nanosecond. More bytes, tokens or context never cost less.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_left
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import groupby
+
+from moesim.errors import ProfileError
+from moesim.profile import (
+    Constant,
+    ConstantExpert,
+    HardwareProfile,
+    ModelProfile,
+    Roofline,
+    Table,
+)
+
+_NS = 10**9
+_INT64 = 2**63 - 1
+_STRENGTH = {"assumed": 0, "datasheet": 1, "computed": 2, "config": 2, "measured": 2}
+_Points = Sequence[tuple[int, int]]
+
+
+def make_costs(model: ModelProfile, hardware: HardwareProfile) -> Costs:
+    """The costs of ``model`` on ``hardware``.
+
+    Raises ProfileError when a table was measured for another model, or when one action would take
+    longer than int64 nanoseconds hold.
+    """
+    compute = hardware.compute
+    if isinstance(compute, Table) and compute.model not in ("", model.name):
+        raise ProfileError(
+            f"{hardware.name}: compute.model: the table was measured for {compute.model!r}, not for"
+            f" {model.name!r}; use a roofline or constant profile, or measure this model"
+        )
+    costs = Costs(model, hardware)
+    for layer in range(model.layers):
+        nbytes = int(model.expert_bytes_table()[layer])
+        slowest = max(
+            costs.load_ns(nbytes),
+            costs.dense_ns(1, 0, layer),
+            costs.expert_ns(1, layer),
+            costs.cpu_expert_ns(1, layer),
+        )
+        if slowest > _INT64:
+            raise ProfileError(
+                f"{hardware.name}: one action of layer {layer} of {model.name} takes {slowest} ns,"
+                " more than int64 holds; raise the rate that is too small"
+            )
+    return costs
+
+
+class Costs:
+    """Times of one model on one machine; made by :func:`make_costs`. All results are int ns.
+
+    A negative count is a ValueError, a fractional one a TypeError; an unknown layer or precision
+    an IndexError.
+    """
+
+    __slots__ = (
+        "_cpu",
+        "_dense_bytes",
+        "_dense_flops",
+        "_device",
+        "_expert_bytes",
+        "_job_bytes",
+        "_job_ops",
+        "_kv_bytes",
+        "_kv_window",
+        "_link",
+        "hardware",
+        "model",
+        "plan_ns",
+        "sync_ns",
+        "weakest_source",
+    )
+
+    def __init__(self, model: ModelProfile, hardware: HardwareProfile) -> None:
+        host = hardware.host
+        self.model = model
+        self.hardware = hardware
+        self.sync_ns = host.sync_ns
+        self.plan_ns = host.plan_ns
+        self.weakest_source = min(
+            hardware.source, model.source, key=lambda source: _STRENGTH[source]
+        )
+        self._link = _Rate(hardware.link.bytes_per_s)
+        self._job_ops = _Rate(host.policy_ops_per_s)
+        self._job_bytes = _Rate(host.policy_bytes_per_s)
+        compute, cpu = hardware.compute, host.cpu
+        self._device = _Roof(compute) if isinstance(compute, Roofline) else compute
+        self._cpu = _Roof(cpu) if isinstance(cpu, Roofline) else cpu
+        self._dense_bytes: list[int] = model.dense_bytes_table().tolist()
+        self._dense_flops: list[int] = model.dense_flops_table().tolist()
+        self._kv_bytes: list[int] = model.kv_bytes_table().tolist()
+        self._kv_window: list[int] = model.kv_window_table().tolist()
+        self._expert_bytes: list[list[int]] = [
+            model.expert_bytes_table(i).tolist() for i in range(len(model.precisions))
+        ]
+
+    def load_ns(self, nbytes: int) -> int:
+        """Time of one whole transfer, alone on the link: latency + ceil(bytes / bandwidth).
+
+        With a measured curve: between its points in a straight line from (0, latency), beyond the
+        last one at the link's bandwidth.
+        """
+        nbytes = _count(nbytes)
+        link = self.hardware.link
+        if not link.curve:
+            return link.latency_ns + self._link.ns(nbytes)
+        last_bytes, last_ns = link.curve[-1]
+        if nbytes >= last_bytes:
+            return last_ns + self._link.ns(nbytes - last_bytes)
+        return math.ceil(_line(((0, link.latency_ns), *link.curve), nbytes))
+
+    def chunk_ends(self, nbytes: int) -> tuple[int, ...]:
+        """Time from the start of a transfer to the end of each of its chunks, rising.
+
+        The last is ``load_ns(nbytes)`` exactly; the latency lies in the first. No bytes, or no
+        chunk size, is one chunk.
+        """
+        nbytes = _count(nbytes)
+        chunk = self.hardware.link.chunk_bytes or max(nbytes, 1)
+        inner = tuple(self.load_ns(end) for end in range(chunk, nbytes, chunk))
+        return (*inner, self.load_ns(nbytes))
+
+    def dense_ns(self, tokens: int, context: int, layer: int = 0) -> int:
+        """Time of a layer's dense part: attention, norms, router, shared experts.
+
+        ``tokens`` are computed in this event; ``context`` counts the cached positions that they
+        read, summed over the rows of the batch. No tokens cost nothing. The roofline charges the
+        reading of the KV cache, not the arithmetic over it.
+        """
+        tokens, context = _count(tokens), _count(context)
+        device = self._device
+        if tokens == 0:
+            return 0
+        if isinstance(device, Constant):
+            return device.dense_ns
+        if isinstance(device, Table):
+            return _grid(device.dense, tokens, context)
+        window = self._kv_window[layer]
+        read = min(context, window * tokens) if window else context
+        nbytes = self._dense_bytes[layer] + self._kv_bytes[layer] * read
+        return device.ns(nbytes, self._dense_flops[layer] * tokens)
+
+    def expert_ns(self, tokens: int, layer: int = 0, precision: int = 0) -> int:
+        """Time of one expert on the device for its ``tokens``; none cost nothing."""
+        tokens = _count(tokens)
+        device = self._device
+        if tokens == 0:
+            return 0
+        if isinstance(device, Constant):
+            return device.expert_ns
+        if isinstance(device, Table):
+            return math.ceil(_row(device.expert, tokens))
+        return self._expert(device, tokens, layer, precision)
+
+    def cpu_expert_ns(self, tokens: int, layer: int = 0, precision: int = 0) -> int:
+        """Time of one expert on the host for its ``tokens``; none cost nothing."""
+        tokens = _count(tokens)
+        cpu = self._cpu
+        if tokens == 0:
+            return 0
+        if isinstance(cpu, ConstantExpert):
+            return cpu.expert_ns
+        return self._expert(cpu, tokens, layer, precision)
+
+    def head_ns(self, tokens: int) -> int:
+        """Time of the final norm and output head for ``tokens``, once each forward pass.
+
+        Only a roofline knows it; constant and table profiles hold it within their dense times.
+        """
+        tokens = _count(tokens)
+        model, device = self.model, self._device
+        if not isinstance(device, _Roof) or tokens == 0 or model.head_bytes == 0:
+            return 0
+        return device.ns(model.head_bytes, model.head_flops_per_token * tokens)
+
+    def job_ns(self, ops: int, nbytes: int) -> int:
+        """Time of a background policy job on one host worker: the longer of work and traffic."""
+        return max(self._job_ops.ns(_count(ops)), self._job_bytes.ns(_count(nbytes)))
+
+    def _expert(self, roof: _Roof, tokens: int, layer: int, precision: int) -> int:
+        flops = self.model.expert_flops_per_token * tokens
+        return roof.ns(self._expert_bytes[precision][layer], flops)
+
+
+class _Rate:
+    """An amount a second, kept as the exact fraction that the float is; infinite = no time."""
+
+    __slots__ = ("down", "up")
+
+    def __init__(self, per_s: float) -> None:
+        finite = not math.isinf(per_s)
+        per, one = per_s.as_integer_ratio() if finite else (1, 0)
+        self.up = _NS * one
+        self.down = per
+
+    def ns(self, amount: int) -> int:
+        return -(-amount * self.up // self.down)
+
+
+class _Roof:
+    __slots__ = ("bytes_rate", "flops_rate", "kernel_ns")
+
+    def __init__(self, roofline: Roofline) -> None:
+        self.bytes_rate = _Rate(roofline.bytes_per_s)
+        self.flops_rate = _Rate(roofline.flops_per_s)
+        self.kernel_ns = roofline.kernel_ns
+
+    def ns(self, nbytes: int, flops: int) -> int:
+        return max(self.bytes_rate.ns(nbytes), self.flops_rate.ns(flops)) + self.kernel_ns
+
+
+def _count(value: int) -> int:
+    # A NumPy integer would overflow silently in the products below.
+    count = operator.index(value)
+    if count < 0:
+        raise ValueError(f"a count must not be negative, got {count}")
+    return count
+
+
+def _line(points: _Points, x: int) -> Fraction:
+    """The straight line between the two points around ``x``; flat before the first point.
+
+    Beyond the last it goes on as its last piece did (flat, where there is only one point).
+    """
+    i = min(bisect_left(points, x, key=lambda point: point[0]), len(points) - 1)
+    if i == 0:
+        return Fraction(points[0][1])
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    return y0 + Fraction((y1 - y0) * (x - x0), x1 - x0)
+
+
+def _row(points: _Points, tokens: int) -> Fraction:
+    """Time by tokens: as :func:`_line`, but beyond the last point in proportion to the tokens."""
+    last_tokens, last_ns = points[-1]
+    if tokens > last_tokens:
+        return Fraction(last_ns * tokens, last_tokens)
+    return _line(points, tokens)
+
+
+def _grid(rows: Sequence[tuple[int, int, int]], tokens: int, context: int) -> int:
+    """Time by tokens and context. Each token count has its own line over contexts.
+
+    Lines measured with noise may cross; the highest so far counts, so that more tokens never
+    cost less.
+    """
+    lower = upper = Fraction(0)
+    lower_tokens = upper_tokens = 0
+    for upper_tokens, group in groupby(rows, key=lambda row: row[0]):
+        line = [(row[1], row[2]) for row in group]
+        upper = max(lower, _line(line, context))
+        if upper_tokens >= tokens:
+            break
+        lower, lower_tokens = upper, upper_tokens
+    if tokens >= upper_tokens:
+        return math.ceil(upper * Fraction(tokens, upper_tokens))
+    if lower_tokens == 0:
+        return math.ceil(upper)
+    share = Fraction(tokens - lower_tokens, upper_tokens - lower_tokens)
+    return math.ceil(lower + (upper - lower) * share)

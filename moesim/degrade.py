@@ -1,0 +1,158 @@
+"""Named degradations: what a run may put in the place of a column that the trace lacks.
+
+Each is asked for by name (``--allow``), and stamped on every result that rests on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.errors import UsageError
+from moesim.hashing import hash64
+from moesim.traces.reader import RequestRows
+from moesim.types import DROPPED, AnyArray
+
+CHOICES = ("gate=topk", "embedding=none", "norms=unit", "ahead=recall:R@SEED")
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Synthesised predictions: each true expert is named with probability ``rate``."""
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The degradations that a run accepts."""
+
+    gate_from_topk: bool = False
+    no_embedding: bool = False
+    unit_norms: bool = False
+    recall: Recall | None = None
+
+    def names(self) -> list[str]:
+        """As typed, in a fixed order."""
+        names = [
+            name
+            for name, on in (
+                ("gate=topk", self.gate_from_topk),
+                ("embedding=none", self.no_embedding),
+                ("norms=unit", self.unit_norms),
+            )
+            if on
+        ]
+        if self.recall is not None:
+            names.append(f"ahead=recall:{self.recall.rate:g}@{self.recall.seed}")
+        return names
+
+
+def parse_allowed(texts: Sequence[str]) -> Allowed:
+    """Read ``--allow`` values.
+
+    Raises
+    ------
+    UsageError
+        Naming the value and the choices.
+    """
+    recall = None
+    flags = set()
+    for text in texts:
+        match = re.fullmatch(r"ahead=recall:([0-9.]+)(?:@([0-9]+))?", text)
+        if match:
+            recall = Recall(_rate(match[1], text), int(match[2] or 0))
+        elif text in CHOICES[:3]:
+            flags.add(text)
+        else:
+            raise UsageError(f"--allow {text}: unknown; choose from {', '.join(CHOICES)}")
+    return Allowed("gate=topk" in flags, "embedding=none" in flags, "norms=unit" in flags, recall)
+
+
+def _rate(text: str, whole: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise UsageError(f"--allow {whole}: the recall must lie between 0 and 1")
+    return rate
+
+
+def recalled(
+    rows: RequestRows,
+    blocks: Sequence[int],
+    layers: Sequence[int],
+    distance: int,
+    experts: int,
+    recall: Recall,
+) -> AnyArray:
+    """Predictions for ``layer + distance`` at a stated recall, uint16 [rows, k].
+
+    A true expert is kept with probability ``rate``; else an expert outside the true set takes its
+    place. Where the target layer lies outside the forward pass, the row is ``DROPPED``.
+    """
+    target = _target_rows(rows, blocks, layers, distance)
+    predicted = np.full(rows.experts.shape, DROPPED, np.uint16)
+    known = np.flatnonzero(target >= 0)
+    truth = rows.experts[target[known]].astype(np.int64)
+    width = truth.shape[1]
+    keyed: list[AnyArray | int] = [
+        recall.seed, distance, rows.request, rows.iteration[known].astype(np.int64),
+        rows.layer[known].astype(np.int64), rows.position[known].astype(np.int64),
+    ]  # fmt: skip
+    threshold = int(recall.rate * (1 << 53))
+    taken = np.zeros((len(known), experts), bool)
+    for rank in range(width):
+        real = np.flatnonzero(truth[:, rank] != DROPPED)
+        taken[real, truth[real, rank]] = True
+    spare = experts - taken.sum(axis=1)
+    for rank in range(width):
+        draw = hash64(*keyed, rank) >> np.uint64(11)
+        keep = (draw.astype(np.int64) < threshold) | (spare <= 0)
+        choice = truth[:, rank].copy()
+        wrong = np.flatnonzero(~keep & (choice != DROPPED))
+        choice[wrong] = _untaken(taken[wrong], hash64(*[_at(k, wrong) for k in keyed], rank, 1))
+        taken[wrong, choice[wrong]] = True
+        spare[wrong] -= 1
+        predicted[known, rank] = choice
+    return predicted
+
+
+def _at(part: AnyArray | int, where: AnyArray) -> AnyArray | int:
+    return part if isinstance(part, int) else part[where]
+
+
+def _untaken(taken: AnyArray, draw: AnyArray) -> AnyArray:
+    """An expert that is not taken in each row, chosen by the draw."""
+    free = np.cumsum(~taken, axis=1)
+    rank = (draw % np.maximum(free[:, -1:].T[0], 1).astype(np.uint64)).astype(np.int64) + 1
+    choice: AnyArray = (free >= rank[:, None]).argmax(axis=1)
+    return choice
+
+
+def _target_rows(
+    rows: RequestRows, blocks: Sequence[int], layers: Sequence[int], distance: int
+) -> AnyArray:
+    """For each row, the row of the same token ``distance`` layers on, or -1."""
+    starts = np.asarray(blocks[:-1], np.int64)
+    ends = np.asarray(blocks[1:], np.int64)
+    sizes = ends - starts
+    layer = np.asarray(layers, np.int64)
+    iteration = rows.iteration[starts] if len(starts) else np.empty(0, np.int64)
+    there = np.arange(len(starts)) + distance
+    inside = there < len(starts)
+    there = np.where(inside, there, 0)
+    fits = (
+        inside
+        & (iteration[there] == iteration)
+        & (layer[there] == layer + distance)
+        & (sizes[there] == sizes)
+    )
+    block = np.repeat(np.arange(len(starts)), sizes)
+    offset = np.arange(len(block)) - starts[block]
+    return np.where(fits[block], starts[there[block]] + offset, -1)

@@ -1,0 +1,525 @@
+"""The reference engine: the clock of ``moesim/README.md`` in SimPy, written to be read.
+
+One serial compute lane, one link, host workers. The compute lane is the process below; the link is
+``moesim.engine.link``, the workers ``moesim.engine.host``.
+
+The engine is *fed*: it runs until its scheduler must see the next request, so that one pass over a
+trace serves many configurations, and no trace need fit in memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import simpy
+
+from moesim import log
+from moesim.engine.clock import Clock, Process, Rank
+from moesim.engine.host import Host
+from moesim.engine.link import Link, Transfer
+from moesim.engine.setup import Setup
+from moesim.engine.tally import RequestTimes, Tally
+from moesim.engine.view import View
+from moesim.errors import PolicyError, UsageError
+from moesim.ledger import Ledger
+from moesim.types import (
+    AnyArray,
+    Gate,
+    IterationBegin,
+    IterationEnd,
+    Job,
+    JobDone,
+    Landed,
+    Phase,
+    Plan,
+    Prefetch,
+    RequestBegin,
+    RequestEnd,
+    Serve,
+    State,
+    Status,
+)
+from moesim.workload import (
+    DONE,
+    STARVED,
+    Demand,
+    Idle,
+    Item,
+    Part,
+    Step,
+    Work,
+    flat_events,
+    layer_events,
+    union,
+)
+
+
+class ReferenceEngine:
+    """One configuration on one device.
+
+    Use: ``offer`` requests and call ``advance`` until it returns False (starved) or True (done);
+    ``close`` when no request follows. Then read ``tally``.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        world, options = setup.world, setup.options
+        self.setup = setup
+        self.policy = setup.policy
+        self.tally = Tally(layer_stall_ns=[0] * world.layers)
+        self.clock = Clock()
+        self.ledger = Ledger(
+            world.expert_bytes, world.experts, world.capacity_bytes, allocator=options.allocator
+        )
+        self.view = View(self.ledger)
+        self.link = Link(
+            self.clock,
+            self.ledger,
+            self.policy,
+            setup.costs,
+            self.tally,
+            self.view,
+            staging=world.top_k,
+            arrived=self._on_arrival,
+            blocked=self._on_blocked,
+        )
+        workers = setup.costs.hardware.host.workers
+        self.host = Host(self.clock, setup.costs, workers, self._on_cpu_done, self._on_job_done)
+        self.view.count_jobs = lambda: self.host.jobs_waiting
+        self.view.count_queued = lambda: self.link.waiting
+        self.spans: list[tuple[str, int, int, int]] | None = [] if options.timeline else None
+        self.link.spans = self.host.spans = self.spans
+        self._times: dict[int, RequestTimes] = {}
+        self._arrivals: deque[Transfer] = deque()
+        self._cpu_running = 0
+        self._link_blocked = False
+        self._waiting: simpy.Event | None = None
+        self._starved: simpy.Event | None = None
+        self._done = False
+        self._named: dict[int, set[int]] = {}
+        self._expert_ns: dict[tuple[int, int, int], int] = {}
+        self.policy.begin(world)
+        self.clock.start(self._serve())
+        self.clock.start(self.link.run())
+
+    # ---- feeding ---------------------------------------------------------------------------------
+
+    def offer(self, work: Work) -> None:
+        """The next request of the trace."""
+        self.setup.scheduler.offer(work)
+        self._feed()
+
+    def close(self) -> None:
+        """No request follows."""
+        self.setup.scheduler.close()
+        self._feed()
+
+    def _feed(self) -> None:
+        if self._starved is not None:
+            starved, self._starved = self._starved, None
+            # Before everything else at this nanosecond: being fed takes no part in the order.
+            self.clock.fire(starved, Rank(0))
+
+    def advance(self) -> bool:
+        """Run until the run is done (True) or the next request is needed (False)."""
+        while not self._done and self._starved is None:
+            self.clock.step()
+        return self._done
+
+    # ---- serving ---------------------------------------------------------------------------------
+
+    def _serve(self) -> Process:
+        yield from self._fill()
+        scheduler, times = self.setup.scheduler, self.tally.times
+        while True:
+            step = scheduler.next_step(self.clock.now)
+            if isinstance(step, Step):
+                yield self.clock.after(0, Rank.STEP_BEGIN)
+                yield from self._step(step)
+            elif isinstance(step, Idle):
+                times.idle += step.until_ns - self.clock.now
+                yield self.clock.after(step.until_ns - self.clock.now, Rank.ARRIVAL)
+            elif step == STARVED:
+                self._starved = self.clock.signal()
+                yield self._starved
+            elif step == DONE:
+                break
+        self._finish()
+
+    def _finish(self) -> None:
+        self.link.finish()
+        self.tally.requests = list(self._times.values())
+        self._done = True
+        if self.setup.options.check:
+            self._audit()
+
+    def _fill(self) -> Process:
+        """Make the initial state resident, one load after the other, before the first request."""
+        for order, expert in enumerate(self.setup.initial):
+            nbytes = self.ledger.copy_bytes(expert)
+            if self.setup.initial_charged:
+                duration = self.setup.costs.load_ns(nbytes)
+                yield self.clock.after(duration, Rank.LOAD_DONE)
+                self.tally.times.initial += duration
+                self.tally.link_busy_ns += duration
+            self.ledger.queue(expert)
+            self.ledger.reserve(expert)
+            self.ledger.land(expert)
+            self.tally.initial_loads += 1
+            self.tally.initial_bytes += nbytes
+            self.policy.note(Landed(expert, 0, -1, order, False))
+
+    def _step(self, step: Step) -> Process:
+        for part in step.parts:
+            self._begin(part)
+        if self.setup.options.share_kv:
+            self._make_room_for_kv(step)
+        cut = flat_events if self.setup.options.flat else layer_events
+        for item in cut(step, self.tally.events, self.setup.world.experts):
+            yield from self._layer_event(item)
+        head_ns = self.setup.costs.head_ns(sum(part.ends for part in step.parts))
+        yield from self._busy("dense", head_ns, -1)
+        self.tally.times.dense += head_ns
+        for part in step.parts:
+            self._end(part)
+        self.tally.steps += 1
+        if self.setup.options.check:
+            self.ledger.audit()
+
+    def _begin(self, part: Part) -> None:
+        work, request = part.work, part.work.rows.request
+        if part.number == 0 and part.begins:
+            arrival = self.clock.now if work.arrival_ns is None else work.arrival_ns
+            prompt = work.rows.facts.prompt_tokens or 0
+            self._times[work.index] = RequestTimes(request, arrival, self.clock.now, prompt)
+            self._tell(RequestBegin(request, prompt, work.prompt_embedding()))
+        if part.begins:
+            first_row = work.blocks[work.passes[part.number]]
+            self._tell(
+                IterationBegin(
+                    request,
+                    int(work.rows.iteration[first_row]),
+                    work.phase(part.number),
+                    work.tokens(part.number),
+                    work.embedding(part.number),
+                )
+            )
+
+    def _end(self, part: Part) -> None:
+        if not part.ends:
+            return
+        work, request = part.work, part.work.rows.request
+        iteration = int(work.rows.iteration[work.blocks[work.passes[part.number]]])
+        self._tell(IterationEnd(request, iteration))
+        times = self._times[work.index]
+        times.output_tokens += 1
+        if times.first_token_ns < 0:
+            times.first_token_ns = self.clock.now
+        if part.number == work.iterations - 1:
+            times.end_ns = self.clock.now
+            self._tell(RequestEnd(request))
+
+    def _make_room_for_kv(self, step: Step) -> None:
+        """Capacity is what the KV cache leaves; shared between layers in equal parts."""
+        context = sum(_context(part) for part in step.parts)
+        taken = context * self.setup.kv_bytes_per_token
+        whole = self.setup.world.capacity_bytes
+        left = [max(0, c - taken // len(whole)) for c in whole]
+        for cache, nbytes in enumerate(left):
+            layer = cache if len(left) > 1 else 0
+            if nbytes < self.ledger.bytes_of(layer * self.setup.world.experts):
+                raise UsageError(
+                    f"--kv share: {context} tokens of KV cache leave {nbytes} bytes for experts, "
+                    "less than one; give more --capacity or fewer requests at once"
+                )
+        self.link.shrink(left)
+
+    # ---- a layer event ---------------------------------------------------------------------------
+
+    def _layer_event(self, item: Item) -> Process:
+        costs, times, layer = self.setup.costs, self.tally.times, item.event.layer
+        if item.dense_tokens:
+            dense_ns = costs.dense_ns(item.dense_tokens, item.context, layer)
+            yield from self._busy("dense", dense_ns, -1)
+            times.dense += dense_ns
+            times.sync += costs.sync_ns
+        yield self.clock.after(costs.sync_ns if item.dense_tokens else 0, Rank.GATE)
+        gate, plan = self._gate(item)
+        plan_ns = (costs.plan_ns if item.dense_tokens else 0) + costs.job_ns(plan.foreground_ops, 0)
+        if plan_ns:
+            yield self.clock.after(plan_ns, Rank.GATE)
+            times.plan += plan_ns
+        waiting = self._demand(gate, plan)
+        self.link.expire()
+        self._apply(plan, Phase(gate.source.slots[0].phase))
+        self.link.wake()
+        yield from self._compute(gate, waiting)
+        self.link.log.add(log.END, self.clock.now, gate.event)
+
+    def _gate(self, item: Item) -> tuple[Gate, Plan]:
+        """Route, judge, pin, and ask for a plan."""
+        source, demand = item.event, item.demand
+        self.tally.events += 1
+        self.link.event = source.event
+        if self.policy.lossy:
+            routed = self.policy.route(source, self.view)
+            if routed is not None:
+                demand = union(source, self.setup.world.experts, routed)
+        status = self._judge(demand)
+        gate = Gate(source, demand.experts, demand.tokens, status, demand.phases)
+        self.link.members = set(demand.experts.tolist())
+        self.link.released.clear()
+        self.ledger.pinned |= self.link.members
+        self._log_gate(gate)
+        self._count_predicted(gate)
+        self._claim(gate)
+        return gate, self._tell_plan(gate)
+
+    def _judge(self, demand: Demand) -> AnyArray:
+        states = self.ledger.state[demand.experts]
+        return np.where(
+            states == State.RESIDENT,
+            np.uint8(Status.HIT),
+            np.where(states == State.IN_FLIGHT, np.uint8(Status.LATE), np.uint8(Status.MISS)),
+        )
+
+    def _log_gate(self, gate: Gate) -> None:
+        words = (gate.experts * 4 + gate.status).tolist()
+        self.link.log.add(
+            log.GATE, self.clock.now, gate.event, gate.layer, len(words), log.DEMAND, *words
+        )
+        self.link.decisions.add(log.GATE, gate.event, gate.layer, len(words), log.DEMAND, *words)
+
+    def _count_predicted(self, gate: Gate) -> None:
+        named = self._named.pop(gate.event, None)
+        if named is not None:
+            self.tally.named += len(named)
+            self.tally.predicted += len(named & self.link.members)
+
+    def _claim(self, gate: Gate) -> None:
+        """What the gate settles without the policy: hits are used, loads under way promoted."""
+        link, tally = self.link, self.tally
+        nbytes = 0
+        late: list[int] = []
+        rows = zip(gate.experts.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
+        for key, status, phase in rows:
+            nbytes += self.ledger.bytes_of(key)
+            tally.phases[Phase(phase)].judged(Status(status), self.ledger.copy_bytes(key))
+            if status == Status.HIT:
+                link.use(key)
+            elif status == Status.LATE:
+                late.append(key)
+            else:
+                link.miss(key)
+        link.promote(late)
+        tally.largest_union_bytes = max(tally.largest_union_bytes, nbytes)
+        cache = self.ledger.cache(int(gate.experts[0])) if len(gate.experts) else 0
+        tally.overflows += nbytes > self.ledger.capacity[cache]
+
+    def _demand(self, gate: Gate, plan: Plan) -> int:
+        """Serve the misses; the number of experts that the compute lane must wait for."""
+        missing: list[Transfer] = []
+        for order in np.flatnonzero(gate.status == Status.MISS).tolist():
+            key = int(gate.experts[order])
+            how = plan.serve.get(key, Serve.FETCH)
+            self._serve_miss(gate, order, key, Phase(gate.phases[order]), how, missing)
+        self.link.demand(missing)
+        return int((gate.status == Status.LATE).sum()) + len(missing)
+
+    def _serve_miss(
+        self, gate: Gate, order: int, key: int, phase: Phase, how: Serve, missing: list[Transfer]
+    ) -> None:
+        if how == Serve.FETCH:
+            self.tally.served["fetch"] += 1
+            staged = self.policy.bypass
+            missing.append(self.link.transfer(key, phase, order, prefetch=False, staged=staged))
+            return
+        self.link.log.add(log.SERVED, self.clock.now, key, how)
+        self.link.decisions.add(log.SERVED, key, how)
+        if how == Serve.CPU:
+            self.tally.served["cpu"] += 1
+            self._cpu_running += 1
+            tokens = int(gate.tokens[order])
+            self.host.compute(key, self.setup.costs.cpu_expert_ns(tokens, gate.layer))
+        else:
+            if not self.policy.lossy:
+                raise PolicyError(
+                    f"layer event {gate.event}: skipping expert {key} changes the result; "
+                    "declare the policy lossy"
+                )
+            self.tally.served["skip"] += 1
+            self.ledger.pinned.discard(key)
+
+    # ---- compute ---------------------------------------------------------------------------------
+
+    def _compute(self, gate: Gate, waiting: int) -> Process:
+        """Residents in demand order, then arrivals as they land, then wait for the host."""
+        tokens = dict(zip(gate.experts.tolist(), gate.tokens.tolist(), strict=True))
+        if self.setup.options.order == "barrier":
+            yield from self._barrier(gate.layer, waiting)
+        for key in gate.experts[gate.status == Status.HIT].tolist():
+            yield from self._run_expert(key, tokens[key], gate.layer)
+        for _ in range(waiting):
+            while not self._arrivals:
+                yield from self._stalled(gate.layer)
+            transfer = self._arrivals.popleft()
+            yield from self._run_expert(transfer.key, tokens[transfer.key], gate.layer)
+        while self._cpu_running:
+            start = self.clock.now
+            yield self._wait()
+            self.tally.times.cpu_wait += self.clock.now - start
+
+    def _barrier(self, layer: int, waiting: int) -> Process:
+        """Wait for every arrival; a layer event that overflows its cache must compute sooner."""
+        while len(self._arrivals) < waiting and not self._link_blocked:
+            yield from self._stalled(layer)
+        self._link_blocked = False
+
+    def _stalled(self, layer: int) -> Process:
+        start = self.clock.now
+        yield self._wait()
+        stall = self.clock.now - start
+        self.tally.times.stall += stall
+        self.tally.layer_stall_ns[layer] += stall
+        if stall and self.spans is not None:
+            self.spans.append(("stall", start, self.clock.now, -1))
+
+    def _run_expert(self, key: int, tokens: int, layer: int) -> Process:
+        cached = (tokens, layer, self.ledger.precision(key))
+        duration = self._expert_ns.get(cached)
+        if duration is None:
+            duration = self._expert_ns[cached] = self.setup.costs.expert_ns(*cached)
+        yield from self._busy("expert", duration, key)
+        self.tally.times.experts += duration
+        self.link.release(key)
+
+    def _busy(self, lane: str, duration: int, key: int) -> Process:
+        start = self.clock.now
+        yield self.clock.after(duration, Rank.COMPUTE_DONE)
+        if duration and self.spans is not None:
+            self.spans.append((lane, start, self.clock.now, key))
+
+    def _wait(self) -> simpy.Event:
+        self._waiting = self.clock.signal()
+        return self._waiting
+
+    def _notify(self) -> None:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self.clock.fire(waiting, Rank.COMPUTE_DONE)
+
+    def _on_arrival(self, transfer: Transfer) -> None:
+        self._arrivals.append(transfer)
+        self._notify()
+
+    def _on_blocked(self) -> None:
+        if self.setup.options.order == "barrier" and not self._link_blocked:
+            self._link_blocked = True
+            self._notify()
+
+    def _on_cpu_done(self, key: int) -> None:
+        self._cpu_running -= 1
+        self.ledger.pinned.discard(key)
+        self._notify()
+
+    # ---- plans -----------------------------------------------------------------------------------
+
+    def _tell(self, fact: RequestBegin | RequestEnd | IterationBegin | IterationEnd) -> None:
+        """Tell a fact outside a layer event and apply the answer."""
+        plan = self._tell_plan(fact)
+        phase = fact.phase if isinstance(fact, IterationBegin) else Phase.DECODE
+        self._apply(plan, phase)
+        self.link.wake()
+
+    def _tell_plan(
+        self, fact: Gate | JobDone | RequestBegin | RequestEnd | IterationBegin | IterationEnd
+    ) -> Plan:
+        plan = self.policy.on(fact, self.view)
+        if not isinstance(plan, Plan):
+            raise PolicyError(
+                f"layer event {self.link.event}: on() answered {type(plan).__name__}, not a Plan"
+            )
+        return plan
+
+    def _on_job_done(self, job: Job) -> None:
+        plan = self._tell_plan(JobDone(job, self.link.event))
+        self._apply(plan, Phase.DECODE)
+        self.link.wake()
+
+    def _apply(self, plan: Plan, phase: Phase) -> None:
+        for expert in plan.cancel:
+            self.link.cancel(self._key(expert, 0))
+        for expert, priority in plan.reprioritise:
+            self._reprioritise(self._key(expert, 0), priority)
+        for order, wish in enumerate(plan.prefetches):
+            self._prefetch(wish, order, phase)
+        for job in plan.jobs:
+            self.tally.jobs += 1
+            self.host.submit(job)
+
+    def _key(self, expert: int, precision: int) -> int:
+        world = self.setup.world
+        if not 0 <= expert < world.size or not 0 <= precision < len(world.expert_bytes):
+            raise PolicyError(
+                f"layer event {self.link.event}: a plan names expert {expert} in precision "
+                f"{precision}; ids lie in 0..{world.size - 1}, "
+                f"precisions in 0..{len(world.expert_bytes) - 1}"
+            )
+        return int(precision * world.size + expert)
+
+    def _reprioritise(self, key: int, priority: int) -> None:
+        transfer = self.link.queued(key)
+        if transfer is not None:
+            transfer.priority = priority
+        elif key in self.link.holds:
+            self.link.hold(key, priority, self.link.holds[key][1])
+
+    def _prefetch(self, wish: Prefetch, order: int, phase: Phase) -> None:
+        """Queue a wish; where the copy is there or under way, refresh what protects it."""
+        key = self._key(wish.expert, wish.precision)
+        if wish.expires <= self.link.event:
+            return
+        self._named.setdefault(wish.expires, set()).add(key)
+        state = self.ledger.state[key]
+        pending = self.link.queued(key)
+        if pending is not None:
+            pending.priority, pending.expires = wish.priority, wish.expires
+        elif state == State.RESIDENT:
+            self.link.hold(key, wish.priority, wish.expires)
+        elif state == State.ABSENT:
+            # Demand comes first in an event's order; 1 << 19 is more than any demand.
+            transfer = self.link.transfer(key, phase, (1 << 19) + order, prefetch=True)
+            transfer.priority, transfer.expires = wish.priority, wish.expires
+            transfer.replaces = wish.replaces
+            self.link.enqueue(transfer)
+
+    # ---- laws ------------------------------------------------------------------------------------
+
+    def _audit(self) -> None:
+        """Laws I1, I2, I3, I4 and I11 at the end of a run (``tests/README.md``)."""
+        tally, total = self.tally, self.tally.counts()
+        self.ledger.audit()
+        prefetch = tally.prefetch
+        laws = {
+            "I1: accesses": total.accesses == total.hits + total.late_hits + total.misses,
+            "I1: misses": total.misses == sum(tally.served.values()),
+            "I2: bytes": total.bytes_loaded + tally.initial_bytes
+            == tally.evicted_bytes
+            + tally.resident_bytes
+            + tally.cancelled_bytes
+            + tally.in_flight_bytes,
+            "prefetch partition": prefetch.issued == sum(prefetch.count.values()),
+            "prefetch plan": prefetch.planned
+            == prefetch.issued + prefetch.overtaken + prefetch.dropped,
+            "I11: time": tally.times.total() == self.clock.now,
+        }
+        broken = [name for name, holds in laws.items() if not holds]
+        if broken:
+            raise AssertionError(f"the run broke {', '.join(broken)}: {tally}")
+
+
+def _context(part: Part) -> int:
+    """Tokens in the KV cache of a request during its part of a step."""
+    rows = part.work.rows
+    last = part.work.passes[part.number + 1]
+    return int(rows.position[part.work.blocks[last] - 1]) + 1

@@ -1,0 +1,52 @@
+"""What an engine is given: one configuration of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moesim.costs import Costs
+from moesim.policy import Policy, World
+from moesim.types import ExpertId
+from moesim.workload import Scheduler
+
+ORDERS = ("ready", "barrier")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the mechanism behaves.
+
+    order : "ready" computes residents first, then arrivals as they land; "barrier" waits for all.
+    flat : every access an event of its own (``workload.flat_events``).
+    allocator : "bytes" or "slots" (``Ledger``).
+    share_kv : the KV cache takes its bytes from the expert cache.
+    check : audit the laws while running.
+    timeline : keep what each lane did, for a trace viewer.
+    """
+
+    order: str = "ready"
+    flat: bool = False
+    allocator: str = "bytes"
+    share_kv: bool = False
+    check: bool = False
+    timeline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One configuration: a fresh policy in its world, on its costs.
+
+    initial : experts resident at the start.
+    initial_charged : whether loading them costs time and bytes.
+    kv_bytes_per_token : KV cache of one token over all layers, for ``Options.share_kv``.
+    """
+
+    policy: Policy
+    world: World
+    costs: Costs
+    scheduler: Scheduler
+    options: Options = Options()
+    initial: Sequence[ExpertId] = ()
+    initial_charged: bool = True
+    kv_bytes_per_token: int = 0

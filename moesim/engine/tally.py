@@ -1,0 +1,158 @@
+"""What an engine counts. Plain sums; ratios and percentiles are made from them later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moesim.types import Phase, Status
+
+FATES = ("used", "late", "wasted", "cancelled", "unused_at_end")
+"""How a prefetch that was issued can end: a partition."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Accesses and loads of one phase. An access is one expert of one layer event."""
+
+    accesses: int = 0
+    hits: int = 0
+    late_hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    """Copies that wholly arrived."""
+    bytes_loaded: int = 0
+    """Bytes moved, those of cancelled loads included."""
+    access_bytes: int = 0
+    hit_bytes: int = 0
+    late_bytes: int = 0
+    miss_bytes: int = 0
+
+    def judged(self, status: Status, nbytes: int) -> None:
+        """One access."""
+        self.accesses += 1
+        self.access_bytes += nbytes
+        if status == Status.HIT:
+            self.hits += 1
+            self.hit_bytes += nbytes
+        elif status == Status.LATE:
+            self.late_hits += 1
+            self.late_bytes += nbytes
+        else:
+            self.misses += 1
+            self.miss_bytes += nbytes
+
+
+@dataclass(slots=True)
+class Fates:
+    """Prefetches by fate, in count and bytes."""
+
+    planned: int = 0
+    """Wishes that entered the queue."""
+    overtaken: int = 0
+    """Demanded while still in the queue: they became demand loads."""
+    dropped: int = 0
+    """Left the queue without being issued: expired, cancelled, or still there at the end."""
+    issued: int = 0
+    count: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    nbytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    polluting: int = 0
+    """Copies that a prefetch evicted and that were missed before the prefetch was used."""
+
+    def end(self, fate: str, nbytes: int) -> None:
+        """A prefetch that was issued has met its fate."""
+        self.count[fate] += 1
+        self.nbytes[fate] += nbytes
+
+
+@dataclass(slots=True)
+class Times:
+    """Where the time of the compute lane went, in ns; the sum is the time of the run."""
+
+    initial: int = 0
+    dense: int = 0
+    experts: int = 0
+    sync: int = 0
+    plan: int = 0
+    stall: int = 0
+    """Waiting for experts to arrive."""
+    cpu_wait: int = 0
+    """Waiting for experts that run on the host."""
+    idle: int = 0
+    """No request to serve."""
+
+    def total(self) -> int:
+        """The time of the run."""
+        return (
+            self.initial + self.dense + self.experts + self.sync
+            + self.plan + self.stall + self.cpu_wait + self.idle
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """One request on the clock. ``arrival_ns`` is the admission where the trace has no arrivals."""
+
+    request: int
+    arrival_ns: int
+    begin_ns: int
+    prompt_tokens: int
+    first_token_ns: int = -1
+    end_ns: int = -1
+    output_tokens: int = 0
+    stall_ns: int = 0
+    misses: int = 0
+
+    @property
+    def ttft_ns(self) -> int:
+        """Arrival to first token."""
+        return self.first_token_ns - self.arrival_ns
+
+    @property
+    def tpot_ns(self) -> float | None:
+        """Mean time per output token after the first; None with a single one."""
+        if self.output_tokens < 2:
+            return None
+        return (self.end_ns - self.first_token_ns) / (self.output_tokens - 1)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Everything that an engine counted in a run."""
+
+    phases: dict[Phase, Counts] = field(default_factory=lambda: {p: Counts() for p in Phase})
+    prefetch: Fates = field(default_factory=Fates)
+    times: Times = field(default_factory=Times)
+    requests: list[RequestTimes] = field(default_factory=list)
+    layer_stall_ns: list[int] = field(default_factory=list)
+    served: dict[str, int] = field(default_factory=lambda: {"fetch": 0, "cpu": 0, "skip": 0})
+    """Misses by how they were served."""
+    initial_loads: int = 0
+    initial_bytes: int = 0
+    evictions: int = 0
+    evicted_bytes: int = 0
+    link_busy_ns: int = 0
+    cancelled_bytes: int = 0
+    in_flight_bytes: int = 0
+    """Bytes that had moved of loads not finished at the end."""
+    resident_bytes: int = 0
+    predicted: int = 0
+    """Accesses that a plan had named for their layer event."""
+    named: int = 0
+    """Experts that plans named."""
+    largest_union_bytes: int = 0
+    overflows: int = 0
+    """Layer events whose demand did not fit their cache and went in waves."""
+    steps: int = 0
+    events: int = 0
+    jobs: int = 0
+    peak_bytes: int = 0
+    log_digest: str = ""
+    decision_digest: str = ""
+
+    def counts(self) -> Counts:
+        """Both phases together."""
+        total = Counts()
+        for phase in self.phases.values():
+            for name in Counts.__slots__:
+                setattr(total, name, getattr(total, name) + getattr(phase, name))
+        return total

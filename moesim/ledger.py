@@ -1,0 +1,200 @@
+"""The ledger: which copies hold device bytes, and how many.
+
+Mechanism only. It knows residents, reservations, pins and bytes; it never chooses a victim and has
+no clock. Every host, simulated or real, keeps its books here.
+
+A *cache* is one pool of bytes: one for all layers (scope "global") or one a layer (scope "layer").
+A copy is named by its key (``moesim.types``), so two precisions of an expert are two entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moesim.types import AnyArray, IntArray, State
+
+SCOPES = ("global", "layer")
+ALLOCATORS = ("bytes", "slots")
+
+
+class LedgerError(RuntimeError):
+    """The host broke a law of the ledger: a bug, not a user's mistake."""
+
+
+class Ledger:
+    """Books of one device.
+
+    Parameters
+    ----------
+    expert_bytes : int64 [precisions, layers]
+    experts : experts a layer
+    capacity_bytes : one number, or one a layer; its length decides the scope
+    allocator : "bytes" books what a copy weighs; "slots" books the largest copy of its cache for
+        every copy, as a bank of equal slots must.
+    """
+
+    def __init__(
+        self,
+        expert_bytes: IntArray,
+        experts: int,
+        capacity_bytes: Sequence[int],
+        *,
+        allocator: str = "bytes",
+    ) -> None:
+        precisions, layers = (int(n) for n in expert_bytes.shape)
+        self.experts = experts
+        self.size: int = layers * experts
+        self.per_layer = len(capacity_bytes) > 1 or layers == 1
+        self.capacity = [int(c) for c in capacity_bytes]
+        self.booked = _booked(expert_bytes, self.per_layer, allocator)
+        self.copied = [int(b) for b in expert_bytes.reshape(-1)]
+        self._layers = layers
+        caches = len(self.capacity)
+        self.state = np.zeros(precisions * self.size, np.uint8)
+        self.residents: list[set[int]] = [set() for _ in range(caches)]
+        self.used = [0] * caches
+        self.pinned: set[int] = set()
+        self.staged_bytes = 0
+        self.held_bytes = 0
+        self.peak_bytes = 0
+
+    # ---- questions -------------------------------------------------------------------------------
+
+    def expert(self, key: int) -> int:
+        """The expert id of a key."""
+        return key % self.size
+
+    def precision(self, key: int) -> int:
+        """The precision of a key."""
+        return key // self.size
+
+    def layer(self, key: int) -> int:
+        """The layer of a key."""
+        return key % self.size // self.experts
+
+    def cache(self, key: int) -> int:
+        """The cache that holds a key."""
+        return self.layer(key) if self.per_layer else 0
+
+    def bytes_of(self, key: int) -> int:
+        """Bytes booked for a copy."""
+        return self.booked[self.precision(key) * self._layers + self.layer(key)]
+
+    def copy_bytes(self, key: int) -> int:
+        """Bytes that a load of the copy moves."""
+        return self.copied[self.precision(key) * self._layers + self.layer(key)]
+
+    def free(self, cache: int) -> int:
+        """Unreserved bytes of a cache; negative after it shrank below what it holds."""
+        return self.capacity[cache] - self.used[cache]
+
+    def resident_bytes(self) -> int:
+        """Copied bytes of all residents."""
+        return sum(self.copy_bytes(k) for cache in self.residents for k in cache)
+
+    # ---- changes ---------------------------------------------------------------------------------
+
+    def queue(self, key: int) -> None:
+        """A load of the copy is wanted; no bytes are held."""
+        self._expect(key, State.ABSENT)
+        self.state[key] = State.QUEUED
+
+    def forget(self, key: int) -> None:
+        """A queued load is no longer wanted."""
+        self._expect(key, State.QUEUED)
+        self.state[key] = State.ABSENT
+
+    def reserve(self, key: int) -> None:
+        """The link was granted: book the copy's bytes."""
+        self._expect(key, State.QUEUED)
+        cache = self.cache(key)
+        if self.bytes_of(key) > self.free(cache):
+            raise LedgerError(f"cache {cache} has no room for key {key}")
+        self.state[key] = State.IN_FLIGHT
+        self._book(cache, self.bytes_of(key))
+
+    def land(self, key: int) -> None:
+        """The last byte has arrived."""
+        self._expect(key, State.IN_FLIGHT)
+        self.state[key] = State.RESIDENT
+        self.residents[self.cache(key)].add(key)
+
+    def abandon(self, key: int) -> None:
+        """A load in flight was cancelled: its bytes are free again."""
+        self._expect(key, State.IN_FLIGHT)
+        self.state[key] = State.ABSENT
+        self._book(self.cache(key), -self.bytes_of(key))
+
+    def evict(self, key: int) -> None:
+        """A resident, unpinned copy goes."""
+        self._expect(key, State.RESIDENT)
+        if key in self.pinned:
+            raise LedgerError(f"key {key} is pinned")
+        cache = self.cache(key)
+        self.state[key] = State.ABSENT
+        self.residents[cache].remove(key)
+        self._book(cache, -self.bytes_of(key))
+
+    def stage(self, key: int) -> None:
+        """Book a copy outside the capacity, for the time of one use."""
+        self._expect(key, State.QUEUED)
+        self.state[key] = State.IN_FLIGHT
+        self.staged_bytes += self.bytes_of(key)
+        self._hold(self.bytes_of(key))
+
+    def unstage(self, key: int, *, adopt: bool) -> None:
+        """A staged copy was used: it becomes a resident, or goes."""
+        self._expect(key, State.IN_FLIGHT)
+        nbytes = self.bytes_of(key)
+        self.staged_bytes -= nbytes
+        self._hold(-nbytes)
+        self.state[key] = State.ABSENT
+        if adopt:
+            self.state[key] = State.QUEUED
+            self.reserve(key)
+            self.land(key)
+
+    def resize(self, capacity_bytes: Iterable[int]) -> None:
+        """Change the capacities; the host must then evict until nothing is over."""
+        self.capacity = [int(c) for c in capacity_bytes]
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _expect(self, key: int, state: State) -> None:
+        if self.state[key] != state:
+            raise LedgerError(f"key {key} is {State(self.state[key]).name}, not {state.name}")
+
+    def _book(self, cache: int, nbytes: int) -> None:
+        self.used[cache] += nbytes
+        self._hold(nbytes)
+
+    def _hold(self, nbytes: int) -> None:
+        self.held_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+    def audit(self) -> None:
+        """Recompute the books from the residents' states; raise ``LedgerError`` if they differ."""
+        for cache, held in enumerate(self.residents):
+            flying = [
+                int(k)
+                for k in np.flatnonzero(self.state == State.IN_FLIGHT)
+                if self.cache(int(k)) == cache
+            ]
+            booked = sum(self.bytes_of(k) for k in held)
+            moving = sum(self.bytes_of(k) for k in flying)
+            if not booked <= self.used[cache] <= booked + moving:
+                raise LedgerError(f"cache {cache} books {self.used[cache]}, holds {booked}")
+        wrong = [k for held in self.residents for k in held if self.state[k] != State.RESIDENT]
+        if wrong:
+            raise LedgerError(f"keys {wrong} are listed but not resident")
+
+
+def _booked(expert_bytes: IntArray, per_layer: bool, allocator: str) -> list[int]:
+    """Bytes booked for a copy of each (precision, layer), flattened."""
+    table: AnyArray = expert_bytes
+    if allocator == "slots":
+        largest = expert_bytes.max(axis=0) if per_layer else expert_bytes.max()
+        table = np.broadcast_to(largest, expert_bytes.shape)
+    return [int(b) for b in table.reshape(-1)]

@@ -1,0 +1,571 @@
+"""Replay: one trace, many configurations, one pass.
+
+``replay`` reads the trace once and feeds every configuration's engine request by request, then
+turns what they counted into summaries (``moesim/README.md`` defines each number).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.capacity import Capacity, parse_capacity
+from moesim.costs import Costs, make_costs
+from moesim.degrade import Allowed
+from moesim.diagnose import diagnostics
+from moesim.engine.reference import ReferenceEngine
+from moesim.engine.setup import Options, Setup
+from moesim.errors import NotRunError, TraceError, UsageError
+from moesim.policy import Policy, SeatPolicy, World
+from moesim.profile import HardwareProfile, ModelProfile
+from moesim.registry import PolicySpec, resolve
+from moesim.result import RunStore, digest_of, host_facts, source_digest
+from moesim.summary import summarise
+from moesim.timeline import chrome_events
+from moesim.traces.check import check_request
+from moesim.traces.reader import Columns, TraceReader
+from moesim.traces.schema import TraceMeta
+from moesim.types import ExpertId, IntArray, Needs
+from moesim.workload import (
+    Inputs,
+    KnownFuture,
+    Scheduler,
+    StaticBatch,
+    Step,
+    Work,
+    flat_events,
+    layer_events,
+    prepare,
+    timeless_steps,
+)
+
+LADDER = ("all-resident", "static", "min-bypass", "min", "hindsight")
+"""Rungs of the oracle ladder that are runs; the last rung, the bound on time, is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to replay. Names are those of the command line."""
+
+    trace: Path
+    hardware: HardwareProfile
+    policies: Sequence[str] = ("lru",)
+    capacities: Sequence[str] = ("25%",)
+    settings: Sequence[str] = ()
+    scope: str = "global"
+    costs: ModelProfile | None = None
+    options: Options = field(default_factory=Options)
+    batch: int = 1
+    chunk_tokens: int = 0
+    arrivals: str = "back-to-back"
+    initial: str = ""
+    initial_experts: tuple[ExpertId, ...] = ()
+    calibration: Path | None = None
+    allowed: Allowed = field(default_factory=Allowed)
+    limit: int | None = None
+    seed: int = 0
+    ladder: bool = False
+    engine: str = "reference"
+    out: Path | None = None
+    batch_rows: int = 65536
+
+
+Progress = Callable[[int, int], None]
+"""Called with (requests replayed, requests in all)."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One configuration under way."""
+
+    spec: PolicySpec
+    capacity: Capacity
+    inputs: Inputs
+    manifest: dict[str, Any]
+    run_id: str
+    engine: ReferenceEngine | None = None
+    summary: dict[str, Any] | None = None
+    rung: str = ""
+
+
+def replay(request: Request, progress: Progress | None = None) -> dict[str, Any]:
+    """Replay a trace; the object that ``--json`` prints.
+
+    Raises
+    ------
+    MoesimError
+        For a mistake in the request, the trace or a policy. A policy that needs what the trace
+        lacks is listed as not run, unless it is the only one: then NotRunError.
+    """
+    return _Replay(request).run(progress)
+
+
+class _Replay:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.meta = _meta(request.trace)
+        _refuse_empty(self.meta, request.trace)
+        self.model = shaped(request.costs or self.meta.model, self.meta)
+        self.costs = make_costs(self.model, request.hardware)
+        self.store = RunStore(request.out) if request.out else None
+        self._future: KnownFuture | None = None
+        self._calibration: IntArray | None = None
+        self._diagnosis: dict[str, Any] | None = None
+
+    # ---- the whole -------------------------------------------------------------------------------
+
+    def run(self, progress: Progress | None) -> dict[str, Any]:
+        started = time.perf_counter()
+        planned, refused = self._plan()
+        if not planned:
+            raise NotRunError(refused[0]["not_run"])
+        self._feed([r for r in planned if r.engine is not None], progress)
+        wall_s = (time.perf_counter() - started) / max(1, len(planned))
+        runs = [self._finish(run, wall_s) for run in planned]
+        reported = [r for run, r in zip(planned, runs, strict=True) if not run.rung]
+        if self.request.ladder:
+            self._climb(planned, runs)
+        return {
+            "schema": 1,
+            "trace": self._trace_facts(),
+            "model": self.model.name,
+            "hardware": self.request.hardware.name,
+            "costs": self.request.costs.name if self.request.costs else None,
+            "source": self.costs.weakest_source,
+            "diagnostics": [self._diagnose(c) for c in self._capacities()],
+            "runs": [*reported, *refused],
+        }
+
+    def _plan(self) -> tuple[list[_Run], list[dict[str, Any]]]:
+        """The configurations that can run, and those that cannot, with the reason."""
+        planned, refused = [], []
+        for spec in resolve(self.request.policies, self.request.settings):
+            policy = spec.build()
+            inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
+            for capacity in self._capacities():
+                try:
+                    self._refuse(spec, policy.needs, inputs)
+                except NotRunError as error:
+                    refused.append(_not_run(spec, capacity, str(error)))
+                    continue
+                planned.append(self._configure(spec, capacity, inputs))
+        if self.request.ladder and planned:
+            planned += self._rungs()
+        return planned, refused
+
+    def _capacities(self) -> list[Capacity]:
+        sizes = self.model.expert_bytes_table()
+        return [
+            parse_capacity(text, self.request.scope, sizes, self.meta.experts)
+            for text in self.request.capacities
+        ]
+
+    def _configure(self, spec: PolicySpec, capacity: Capacity, inputs: Inputs) -> _Run:
+        manifest = self._manifest(spec, capacity)
+        run = _Run(spec, capacity, inputs, manifest, digest_of(manifest)[:16])
+        if self.store is not None:
+            timeline = self.request.options.timeline
+            run.summary = self.store.finished(run.run_id, timeline=timeline)
+        if run.summary is None:
+            run.engine = ReferenceEngine(self._setup(run))
+        return run
+
+    def _rungs(self) -> list[_Run]:
+        runs = []
+        for capacity in self._capacities():
+            for name in LADDER[1:]:
+                spec = resolve([name])[0]
+                inputs = Inputs(spec.build().needs)
+                run = self._configure(spec, capacity, inputs)
+                run.rung = name
+                runs.append(run)
+        spec = replace(resolve(["lru"])[0], initial="all")
+        everything = replace(self._capacities()[0], text="100%")
+        whole = int(self.model.expert_bytes_table().sum()) * self.meta.experts
+        everything = Capacity("100%", "global", (whole,))
+        run = self._configure(spec, everything, Inputs())
+        run.rung = "all-resident"
+        return [*runs, run]
+
+    # ---- one configuration -----------------------------------------------------------------------
+
+    def _setup(self, run: _Run) -> Setup:
+        policy, capacity = run.spec.build(), run.capacity
+        world = World(
+            layers=self.meta.layers,
+            experts=self.meta.experts,
+            top_k=self.meta.top_k,
+            expert_bytes=_all_precisions(self.model),
+            capacity_bytes=capacity.capacity_bytes,
+            scope=capacity.scope,
+            decode_from=_decode_from(self.meta),
+            seed=self.request.seed,
+            costs=self.costs,
+            calibration=self.calibration() if Needs.CALIBRATION in policy.needs else None,
+            future=self.future() if Needs.FUTURE in policy.needs else None,
+        )
+        initial, charged = self._initial(run.spec, world)
+        return Setup(
+            policy=policy,
+            world=world,
+            costs=self.costs,
+            scheduler=self._scheduler(),
+            options=self.request.options,
+            initial=initial,
+            initial_charged=charged,
+            kv_bytes_per_token=int(self.model.kv_bytes_table().sum()),
+        )
+
+    def _scheduler(self) -> Scheduler:
+        return StaticBatch(self.request.batch, self.request.chunk_tokens)
+
+    def _initial(self, spec: PolicySpec, world: World) -> tuple[list[ExpertId], bool]:
+        how = self.request.initial or spec.initial
+        if how == "cold":
+            return [], True
+        if how == "file":
+            return _fitting(self.request.initial_experts, world), False
+        if how == "all":
+            return _fitting(range(world.size), world), False
+        uses = self.calibration()
+        ranked = np.argsort(-uses, kind="stable")
+        return _fitting([int(e) for e in ranked if uses[e]], world), True
+
+    def _refuse(self, spec: PolicySpec, needs: Needs, inputs: Inputs) -> None:
+        """NotRunError where the trace lacks what the policy needs."""
+        lacking = list(_lacking(needs, inputs, self.meta))
+        if lacking:
+            name, mend = lacking[0]
+            raise NotRunError(f"not run: {spec.name} needs {name}, which this trace lacks{mend}")
+        if Needs.FUTURE in needs and self.request.arrivals != "back-to-back":
+            raise NotRunError(
+                f"not run: {spec.name} sees the future, which arrivals make depend on the clock; "
+                "leave out --arrivals"
+            )
+
+    # ---- the passes ------------------------------------------------------------------------------
+
+    def _works(self, inputs: Sequence[Inputs]) -> Iterator[list[Work]]:
+        """Each request of the trace, prepared once for each kind of input."""
+        columns = _join([i.columns() for i in inputs])
+        recorded = self.request.arrivals == "recorded"
+        with TraceReader(self.request.trace, columns, self.request.batch_rows) as reader:
+            for index, rows in enumerate(reader.requests()):
+                if self.request.limit is not None and index >= self.request.limit:
+                    return
+                check_request(rows, self.meta)
+                works = [prepare(index, rows, self.meta, i) for i in inputs]
+                for work in works:
+                    work.arrival_ns = work.arrival_ns if recorded else None
+                    if recorded and work.arrival_ns is None:
+                        raise TraceError(
+                            f"{self.request.trace}: request {rows.request} has no arrival_ns; "
+                            "use --arrivals back-to-back"
+                        )
+                yield works
+
+    def _feed(self, runs: Sequence[_Run], progress: Progress | None) -> None:
+        """One pass: every engine is fed each request, and runs until it needs the next."""
+        kinds = list(dict.fromkeys(run.inputs for run in runs))
+        total = min(self.meta.requests, self.request.limit or self.meta.requests)
+        if not runs:
+            return
+        for count, works in enumerate(self._works(kinds)):
+            for run in runs:
+                assert run.engine is not None
+                run.engine.offer(replace(works[kinds.index(run.inputs)]))
+                run.engine.advance()
+            if progress is not None:
+                progress(count + 1, total)
+        for run in runs:
+            assert run.engine is not None
+            run.engine.close()
+            while not run.engine.advance():
+                pass
+
+    def _steps(self) -> Iterator[Step]:
+        return timeless_steps((w[0] for w in self._works([Inputs()])), self._scheduler())
+
+    def future(self) -> KnownFuture:
+        """The demand of the whole run, from a pass without a clock."""
+        if self._future is None:
+            self._future = KnownFuture(self._demands(), self.meta.layers * self.meta.experts)
+        return self._future
+
+    def _demands(self) -> Iterator[IntArray]:
+        cut = flat_events if self.request.options.flat else layer_events
+        event = 0
+        for step in self._steps():
+            for item in cut(step, event, self.meta.experts):
+                yield item.demand.experts
+                event += 1
+
+    def calibration(self) -> IntArray:
+        """Uses of each expert: on ``--calibration``, or in hindsight on the trace itself."""
+        if self._calibration is None:
+            path = self.request.calibration
+            self._calibration = self.future().counts if path is None else self._counted(path)
+        return self._calibration
+
+    def _counted(self, path: Path) -> IntArray:
+        meta = _meta(path)
+        if (meta.layers, meta.experts) != (self.meta.layers, self.meta.experts):
+            raise UsageError(
+                f"--calibration {path}: has {meta.layers} layers of {meta.experts} experts, the "
+                f"trace {self.meta.layers} of {self.meta.experts}; use a trace of the same model"
+            )
+        other = replace(self.request, trace=path, limit=None, arrivals="back-to-back")
+        return _Replay(other).future().counts
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def _finish(self, run: _Run, wall_s: float) -> dict[str, Any]:
+        if run.summary is None:
+            assert run.engine is not None
+            run.summary = {
+                "policy": run.spec.name,
+                "capacity": run.capacity.text,
+                "capacity_bytes": sum(run.capacity.capacity_bytes),
+                "scope": run.capacity.scope,
+                "engine": self.request.engine,
+                "mode": "flat" if self.request.options.flat else "group",
+                "oracle": self._is_bound(run),
+                "lossy": run.engine.policy.lossy,
+                "allowed": self._allowed(run),
+                "sizes_equal": bool(len(set(self.model.expert_bytes_table().tolist())) == 1),
+                "initial": run.manifest["initial"],
+                **summarise(run.engine.tally),
+            }
+            self._store(run, wall_s)
+        folder = self.store.path(run.run_id) if self.store is not None else None
+        return {**run.summary, "run_dir": str(folder) if folder else None}
+
+    def _store(self, run: _Run, wall_s: float) -> None:
+        if self.store is None:
+            return
+        assert run.engine is not None and run.summary is not None
+        spans = run.engine.spans
+        self.store.write(
+            run.run_id,
+            run.manifest,
+            run.summary,
+            [_request_row(r) for r in run.engine.tally.requests],
+            None if spans is None else chrome_events(spans, self.meta.experts),
+            host_facts(wall_s),
+        )
+
+    def _is_bound(self, run: _Run) -> bool:
+        needs = run.inputs.needs
+        hindsight = Needs.CALIBRATION in needs or self._initial_kind(run.spec) == "static"
+        return Needs.FUTURE in needs or (hindsight and self.request.calibration is None)
+
+    def _initial_kind(self, spec: PolicySpec) -> str:
+        return self.request.initial or spec.initial
+
+    def _allowed(self, run: _Run) -> list[str]:
+        """The degradations that this run rests on."""
+        needs, allowed = run.inputs.needs, self.request.allowed
+        used = []
+        if Needs.GATE in needs and allowed.gate_from_topk and not self.meta.has_gate:
+            used.append("gate=topk")
+        if Needs.EMBEDDING in needs and allowed.no_embedding and self.meta.embedding == "none":
+            used.append("embedding=none")
+        if Needs.NORMS in needs and allowed.unit_norms and not self.meta.has_norms:
+            used.append("norms=unit")
+        if Needs.AHEAD in needs and allowed.recall is not None:
+            used.append(allowed.names()[-1])
+        return used
+
+    def _climb(self, planned: Sequence[_Run], runs: Sequence[dict[str, Any]]) -> None:
+        """Attach the ladder's rungs to each reported run of the same capacity."""
+        rungs: dict[tuple[str, str], dict[str, Any]] = {}
+        for run, summary in zip(planned, runs, strict=True):
+            if run.rung:
+                rungs[run.rung, run.capacity.text] = summary
+        roof = rungs["all-resident", "100%"]
+        load_ns = int(self.costs.load_ns(int(self.model.expert_bytes_table().min())))
+        for run, summary in zip(planned, runs, strict=True):
+            if run.rung:
+                continue
+            ladder = {name: _rung(rungs[name, run.capacity.text], summary) for name in LADDER[1:]}
+            ladder["all-resident"] = _rung(roof, summary)
+            loads = rungs["min-bypass", run.capacity.text]["misses"]
+            bound = max(roof["times_ns"]["experts"] + roof["times_ns"]["dense"], loads * load_ns)
+            ladder["bound_ns"] = {"time_ns": bound, "of_run": _ratio(bound, summary["time_ns"])}
+            summary["ladder"] = ladder
+
+    def _diagnose(self, capacity: Capacity) -> dict[str, Any]:
+        return diagnostics(self.meta, self.model, self.costs, capacity, self.request.batch)
+
+    def _trace_facts(self) -> dict[str, Any]:
+        meta = self.meta
+        return {
+            "path": str(self.request.trace),
+            "digest": meta.digest,
+            "model": meta.model.name,
+            "layers": meta.layers,
+            "experts": meta.experts,
+            "top_k": meta.top_k,
+            "requests": meta.requests,
+            "tokens": meta.tokens,
+            "phases": list(meta.phases),
+            "rank_order": meta.rank_order,
+            "synthetic": meta.source.startswith("synth"),
+        }
+
+    def _manifest(self, spec: PolicySpec, capacity: Capacity) -> dict[str, Any]:
+        request = self.request
+        calibration = request.calibration
+        initial = self._initial_kind(spec)
+        return {
+            "schema": 1,
+            "source_digest": source_digest(),
+            "trace": self.meta.digest,
+            "policy": {"name": spec.name, "seats": spec.manifest()},
+            "capacity": {"scope": capacity.scope, "bytes": list(capacity.capacity_bytes)},
+            "capacity_as_typed": capacity.text,
+            "model": self.model.to_dict(),
+            "costs": request.costs.name if request.costs else None,
+            "hardware": request.hardware.to_dict(),
+            "engine": request.engine,
+            "order": request.options.order,
+            "flat": request.options.flat,
+            "allocator": request.options.allocator,
+            "kv": "share" if request.options.share_kv else "apart",
+            "batch": request.batch,
+            "chunk_tokens": request.chunk_tokens,
+            "arrivals": request.arrivals,
+            "limit": request.limit,
+            "seed": request.seed,
+            "allowed": request.allowed.names(),
+            "initial": initial,
+            "initial_experts": list(request.initial_experts) if initial == "file" else [],
+            "calibration": _meta(calibration).digest if calibration else None,
+        }
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+
+
+def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
+    """A model profile with the trace's shape: per-layer numbers are stretched over its layers.
+
+    So the routing of one model can be replayed with the bytes and times of another (``--costs``).
+    """
+    if model.layers == meta.layers:
+        return replace(model, experts=meta.experts, top_k=meta.top_k, stacks=meta.model.stacks)
+
+    def stretched(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, int):
+            return value
+        return tuple(value[layer * len(value) // meta.layers] for layer in range(meta.layers))
+
+    return replace(
+        model,
+        layers=meta.layers,
+        experts=meta.experts,
+        top_k=meta.top_k,
+        stacks=meta.model.stacks,
+        expert_bytes=tuple(stretched(b) for b in model.expert_bytes),
+        dense_bytes=stretched(model.dense_bytes),
+        dense_flops_per_token=stretched(model.dense_flops_per_token),
+        kv_bytes_per_token_per_layer=stretched(model.kv_bytes_per_token_per_layer),
+        kv_window_tokens=stretched(model.kv_window_tokens),
+    )
+
+
+def _meta(path: Path) -> TraceMeta:
+    with TraceReader(path, Columns.experts_only()) as reader:
+        return reader.meta
+
+
+def _refuse_empty(meta: TraceMeta, path: Path) -> None:
+    if not meta.requests:
+        raise TraceError(f"{path}: holds no requests; record or convert some")
+
+
+def _all_precisions(model: ModelProfile) -> IntArray:
+    return np.stack([model.expert_bytes_table(p) for p in range(len(model.precisions))])
+
+
+def _decode_from(meta: TraceMeta) -> int:
+    """First layer of the last stack: an encoder runs in the prefill alone."""
+    return meta.stack_ranges()[-1][1]
+
+
+def _distances(policy: Policy) -> tuple[int, ...]:
+    return policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
+
+
+def _lacking(needs: Needs, inputs: Inputs, meta: TraceMeta) -> Iterator[tuple[str, str]]:
+    """(what, how it may be allowed) for each input that is not there."""
+    allowed = inputs.allowed
+    if Needs.WEIGHTS in needs and not meta.has_weights:
+        yield "WEIGHTS", ""
+    if Needs.GATE in needs and not meta.has_gate:
+        if not meta.has_weights:
+            yield "GATE", ", and it has no weights to stand in"
+        elif not allowed.gate_from_topk:
+            yield "GATE", "; --allow gate=topk stands in"
+    if Needs.AHEAD in needs and allowed.recall is None:
+        for distance in inputs.distances:
+            if distance not in meta.ahead:
+                yield f"AHEAD ({distance})", "; --allow ahead=recall:0.8@1 stands in"
+    if Needs.EMBEDDING in needs and meta.embedding == "none" and not allowed.no_embedding:
+        yield "EMBEDDING", "; --allow embedding=none stands in"
+    if Needs.NORMS in needs and not meta.has_norms and not allowed.unit_norms:
+        yield "NORMS", "; --allow norms=unit stands in"
+
+
+def _fitting(experts: Sequence[ExpertId] | range, world: World) -> list[ExpertId]:
+    """As many as fit, in order."""
+    left = list(world.capacity_bytes)
+    chosen = []
+    for expert in experts:
+        if not 0 <= expert < world.size:
+            raise UsageError(
+                f"--initial: expert {expert} is out of range; ids end at {world.size - 1}"
+            )
+        layer = expert // world.experts
+        cache = layer if world.scope == "layer" else 0
+        nbytes = int(world.expert_bytes[0, layer])
+        if nbytes <= left[cache]:
+            left[cache] -= nbytes
+            chosen.append(expert)
+    return chosen
+
+
+def _join(columns: Sequence[Columns]) -> Columns:
+    names = Columns.__dataclass_fields__
+    return Columns(**{n: any(getattr(c, n) for c in columns) for n in names})
+
+
+def _not_run(spec: PolicySpec, capacity: Capacity, reason: str) -> dict[str, Any]:
+    return {"policy": spec.name, "capacity": capacity.text, "not_run": reason}
+
+
+def _request_row(times: Any) -> dict[str, Any]:
+    names = ("request", "arrival_ns", "begin_ns", "first_token_ns", "end_ns", "ttft_ns", "tpot_ns")
+    more = ("prompt_tokens", "output_tokens", "stall_ns", "misses")
+    return {name: getattr(times, name) for name in (*names, *more)}
+
+
+def _rung(rung: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "hits": rung["hits"],
+        "misses": rung["misses"],
+        "time_ns": rung["time_ns"],
+        "of_run": _ratio(rung["time_ns"], run["time_ns"]),
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+__all__ = ["LADDER", "Costs", "Request", "replay", "shaped"]

@@ -1,0 +1,189 @@
+"""Results: a run's summary, and the folder that holds a finished run.
+
+A folder is named by a digest of everything that determines the run, and appears whole or not at
+all. Equal inputs give equal bytes; what may differ (host, wall time) is in ``host.json`` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim import __version__
+from moesim.errors import UsageError
+
+SCHEMA = 1
+MANIFEST, SUMMARY, REQUESTS = "manifest.json", "summary.json", "requests.parquet"
+TIMELINE, HOST = "timeline.json", "host.json"
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 (hex) over the simulator's own source, so that a changed engine is a new run."""
+    import moesim
+
+    root = Path(moesim.__file__).parent
+    files = [
+        path
+        for part in ("", "engine", "policies", "traces")
+        for path in sorted((root / part).glob("*.py"))
+    ]
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, P50, P90, P99 (linear interpolation); None where there are no values."""
+    if not len(values):
+        return {"mean": None, "p50": None, "p90": None, "p99": None}
+    array = np.asarray(values, np.float64)
+    p50, p90, p99 = np.percentile(array, [50, 90, 99])
+    return {"mean": float(array.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
+
+
+class RunStore:
+    """The folder of runs (``--out``)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error) from None
+
+    def path(self, run_id: str) -> Path:
+        """Where a run lies."""
+        return self.root / run_id
+
+    def finished(self, run_id: str, *, timeline: bool = False) -> dict[str, Any] | None:
+        """The summary of a run made before, or None."""
+        folder = self.path(run_id)
+        if timeline and not (folder / TIMELINE).exists():
+            return None
+        try:
+            summary = json.loads((folder / SUMMARY).read_text())
+        except (OSError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+    def write(
+        self,
+        run_id: str,
+        manifest: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        requests: Sequence[Mapping[str, Any]],
+        timeline: Sequence[Mapping[str, Any]] | None,
+        host: Mapping[str, Any],
+    ) -> Path:
+        """Write a finished run beside, then rename.
+
+        Raises
+        ------
+        UsageError
+            Naming the folder and the reason; nothing is left behind.
+        """
+        target = self.path(run_id)
+        beside = self.root / f".{run_id}.tmp-{os.getpid()}"
+        try:
+            beside.mkdir()
+            (beside / MANIFEST).write_text(_pretty(manifest))
+            (beside / SUMMARY).write_text(_pretty(summary))
+            (beside / HOST).write_text(_pretty(host))
+            _write_requests(beside / REQUESTS, requests)
+            if timeline is not None:
+                (beside / TIMELINE).write_text(
+                    json.dumps({"displayTimeUnit": "ns", "traceEvents": list(timeline)})
+                )
+            if target.exists():
+                shutil.rmtree(target)
+            beside.rename(target)
+        except OSError as error:
+            raise _unwritable(target, error) from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return target
+
+
+def host_facts(wall_s: float) -> dict[str, Any]:
+    """What may differ between equal runs."""
+    return {
+        "wall_s": round(wall_s, 6),
+        "moesim": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and summary of a run folder.
+
+    Raises
+    ------
+    UsageError
+        If it is no finished run.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        summary = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: not a finished run ({type(error).__name__}); name a folder that "
+            "`moesim replay --out` wrote"
+        ) from None
+    return manifest, summary
+
+
+def _pretty(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _write_requests(path: Path, requests: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("request", pa.int64()),
+            ("arrival_ns", pa.int64()),
+            ("begin_ns", pa.int64()),
+            ("first_token_ns", pa.int64()),
+            ("end_ns", pa.int64()),
+            ("ttft_ns", pa.int64()),
+            ("tpot_ns", pa.float64()),
+            ("prompt_tokens", pa.int64()),
+            ("output_tokens", pa.int64()),
+            ("stall_ns", pa.int64()),
+            ("misses", pa.int64()),
+        ]
+    )
+    pq.write_table(pa.Table.from_pylist(list(requests), schema), path)
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"{path}: cannot be written ({error.strerror or error}); choose another --out"
+    )

@@ -1,0 +1,79 @@
+"""From counts to the numbers that are reported. Each is defined in ``moesim/README.md``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moesim.engine.tally import FATES, Counts, Tally
+from moesim.result import percentiles
+from moesim.types import Phase
+
+
+def summarise(tally: Tally) -> dict[str, Any]:
+    """The summary of one run, plain JSON values; times in ns."""
+    total, times = tally.counts(), tally.times
+    time_ns = times.total()
+    tokens = sum(r.output_tokens for r in tally.requests)
+    return {
+        **_counts(total),
+        "hit_rate": _ratio(total.hits, total.accesses),
+        "prefill": _counts(tally.phases[Phase.PREFILL]),
+        "decode": _counts(tally.phases[Phase.DECODE]),
+        "prefetch": _prefetch(tally),
+        "served": dict(tally.served),
+        "time_ns": time_ns,
+        "stall_ns": times.stall,
+        "times_ns": asdict(times),
+        "layer_stall_ns": list(tally.layer_stall_ns),
+        "ttft_ns": percentiles([r.ttft_ns for r in tally.requests if r.first_token_ns >= 0]),
+        "tpot_ns": percentiles([t for r in tally.requests if (t := r.tpot_ns) is not None]),
+        "after_first_request": _after_first(tally),
+        "tokens_per_s": _ratio(tokens * 10**9, time_ns),
+        "output_tokens": tokens,
+        "requests": len(tally.requests),
+        "link_busy_ns": tally.link_busy_ns,
+        "evictions": tally.evictions,
+        "peak_bytes": tally.peak_bytes,
+        "largest_union_bytes": tally.largest_union_bytes,
+        "overflows": tally.overflows,
+        "initial_loads": tally.initial_loads,
+        "initial_bytes": tally.initial_bytes,
+        "layer_events": tally.events,
+        "steps": tally.steps,
+        "jobs": tally.jobs,
+        "log_digest": tally.log_digest,
+        "decision_digest": tally.decision_digest,
+    }
+
+
+def _counts(counts: Counts) -> dict[str, int]:
+    return asdict(counts)
+
+
+def _prefetch(tally: Tally) -> dict[str, Any]:
+    fates = tally.prefetch
+    return {
+        "planned": fates.planned,
+        "overtaken": fates.overtaken,
+        "dropped": fates.dropped,
+        "issued": fates.issued,
+        **fates.count,
+        "bytes": {fate: fates.nbytes[fate] for fate in FATES},
+        "polluting": fates.polluting,
+        "named": tally.named,
+        "named_and_demanded": tally.predicted,
+    }
+
+
+def _after_first(tally: Tally) -> dict[str, Any]:
+    """TTFT and TPOT without the first request, which pays for the cold cache."""
+    rest = tally.requests[1:]
+    return {
+        "ttft_ns": percentiles([r.ttft_ns for r in rest if r.first_token_ns >= 0]),
+        "tpot_ns": percentiles([t for r in rest if (t := r.tpot_ns) is not None]),
+    }
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,522 @@
+"""From recorded rows to layer events: what a host serves, step by step, whatever its clock.
+
+A *scheduler* turns requests into steps; a step turns into layer events. Nothing here knows a
+policy's choices, so the same workload feeds every engine, and a pass without a clock yields the
+future that oracles may see.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+
+from moesim.degrade import Allowed, recalled
+from moesim.errors import NotRunError
+from moesim.traces.reader import Columns, RequestRows, gate_probabilities
+from moesim.traces.schema import TraceMeta
+from moesim.types import (
+    DROPPED,
+    NEVER,
+    PROBABILITY_ONE,
+    AnyArray,
+    IntArray,
+    LayerEvent,
+    Needs,
+    Phase,
+    Slot,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Which decision inputs a run reads, and the degradations that it accepts."""
+
+    needs: Needs = Needs.NONE
+    distances: tuple[int, ...] = ()
+    allowed: Allowed = field(default_factory=Allowed)
+
+    def columns(self) -> Columns:
+        """The trace columns to decode."""
+        return Columns(
+            weights=bool(self.needs & (Needs.WEIGHTS | Needs.GATE)),
+            gate=Needs.GATE in self.needs,
+            ahead=Needs.AHEAD in self.needs and self.allowed.recall is None,
+            norms=Needs.NORMS in self.needs,
+            tokens=False,
+            embedding=Needs.EMBEDDING in self.needs,
+            facts=True,
+            long_facts=Needs.EMBEDDING in self.needs,
+        )
+
+
+# ---- one request ---------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A request prepared for service: rows cut into (iteration, layer) blocks, inputs quantised.
+
+    index : place of the request in the trace, from 0.
+    blocks : row where each block begins, then the number of rows.
+    block_layers : layer of each block.
+    passes : first block of each iteration, then the number of blocks.
+    """
+
+    index: int
+    rows: RequestRows
+    arrival_ns: int | None
+    blocks: list[int]
+    block_layers: list[int]
+    passes: list[int]
+    weights: AnyArray | None = None
+    gate: AnyArray | None = None
+    ahead: Mapping[int, AnyArray] = field(default_factory=dict)
+    norms: AnyArray | None = None
+    next_pass: int = 0
+    next_token: int = 0
+
+    @property
+    def iterations(self) -> int:
+        """How many forward passes the request has."""
+        return len(self.passes) - 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its forward passes were scheduled."""
+        return self.next_pass == self.iterations
+
+    def phase(self, number: int) -> Phase:
+        """Phase of a forward pass."""
+        return Phase(int(self.rows.phase[self.blocks[self.passes[number]]]))
+
+    def tokens(self, number: int) -> int:
+        """Most tokens that a layer of this forward pass sees."""
+        first, last = self.passes[number], self.passes[number + 1]
+        return max(self.blocks[b + 1] - self.blocks[b] for b in range(first, last))
+
+    def prompt_embedding(self) -> AnyArray | None:
+        """int32 [d], quantised, or None."""
+        return _quantised(self.rows.facts.prompt_embedding)
+
+    def embedding(self, number: int) -> AnyArray | None:
+        """int32 [d] of one forward pass, quantised, or None."""
+        iteration = int(self.rows.iteration[self.blocks[self.passes[number]]])
+        return _quantised(self.rows.embedding.get(iteration))
+
+
+def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> Work:
+    """Cut and quantise one request. Cost: vectorised over its rows."""
+    changed = (rows.layer[1:] != rows.layer[:-1]) | (rows.iteration[1:] != rows.iteration[:-1])
+    starts = np.concatenate(([0], np.flatnonzero(changed) + 1))
+    work = Work(
+        index=index,
+        rows=rows,
+        arrival_ns=rows.facts.arrival_ns,
+        blocks=[*starts.tolist(), rows.rows],
+        block_layers=rows.layer[starts].tolist(),
+        passes=np.searchsorted(starts, rows.starts).tolist(),
+    )
+    _add_inputs(work, meta, inputs)
+    return work
+
+
+def _add_inputs(work: Work, meta: TraceMeta, inputs: Inputs) -> None:
+    rows, needs = work.rows, inputs.needs
+    if Needs.WEIGHTS in needs and rows.weights is not None:
+        work.weights = _probabilities(rows.weights)
+    if Needs.GATE in needs:
+        if rows.gate is not None:
+            work.gate = _probabilities(gate_probabilities(rows.gate, meta))
+        elif inputs.allowed.gate_from_topk and rows.weights is not None:
+            work.gate = spread_topk(rows.experts, rows.weights, meta.experts)
+    if Needs.AHEAD in needs:
+        work.ahead = _ahead(work, meta, inputs)
+    if Needs.NORMS in needs:
+        norms = rows.input_norm
+        work.norms = (
+            np.full(rows.rows, PROBABILITY_ONE, np.int32) if norms is None else _fixed_point(norms)
+        )
+
+
+def _ahead(work: Work, meta: TraceMeta, inputs: Inputs) -> dict[int, AnyArray]:
+    recall = inputs.allowed.recall
+    if recall is None:
+        return {d: work.rows.ahead[d] for d in inputs.distances}
+    return {
+        d: recalled(work.rows, work.blocks, work.block_layers, d, meta.experts, recall)
+        for d in inputs.distances
+    }
+
+
+def spread_topk(experts: AnyArray, weights: AnyArray, size: int) -> AnyArray:
+    """Gate probabilities from top-k weights alone: int32 [rows, E], renormalised, else zero."""
+    chosen = np.where(experts == DROPPED, 0, weights).astype(np.float64)
+    total = chosen.sum(axis=1, keepdims=True)
+    shares = np.rint(chosen / np.where(total > 0, total, 1) * PROBABILITY_ONE).astype(np.int32)
+    gate = np.zeros((len(experts), size + 1), np.int32)
+    np.put_along_axis(gate, np.minimum(experts, size).astype(np.int64), shares, axis=1)
+    return gate[:, :size]
+
+
+def _probabilities(values: AnyArray) -> AnyArray:
+    return np.rint(values.astype(np.float64) * PROBABILITY_ONE).astype(np.int32)
+
+
+def _fixed_point(values: AnyArray) -> AnyArray:
+    return np.rint(values.astype(np.float64) * PROBABILITY_ONE).astype(np.int64)
+
+
+def _quantised(values: AnyArray | None) -> AnyArray | None:
+    return None if values is None else _fixed_point(values).astype(np.int32)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One request's share of a step: pass ``number``, tokens ``first`` to ``last`` (excluded)."""
+
+    work: Work
+    number: int
+    first: int
+    last: int
+    begins: bool
+    """The first chunk of its forward pass."""
+    ends: bool
+    """The last chunk of its forward pass."""
+
+
+class Step(NamedTuple):
+    """One forward pass of the served batch. ``padding`` rows belong to finished requests."""
+
+    number: int
+    parts: tuple[Part, ...]
+    padding: int = 0
+
+
+class Idle(NamedTuple):
+    """Nothing to serve before ``until_ns``."""
+
+    until_ns: int
+
+
+STARVED: Final = "starved"
+"""The scheduler must see the next request before it can decide."""
+
+DONE: Final = "done"
+
+
+class Scheduler(Protocol):
+    """Which requests form the next step. It is offered the requests in order of arrival."""
+
+    def offer(self, work: Work) -> None:
+        """The next request of the trace."""
+
+    def close(self) -> None:
+        """No request will follow."""
+
+    def next_step(self, now_ns: int) -> Step | Idle | str:
+        """A step; or ``Idle``, ``STARVED``, ``DONE``."""
+
+
+class StaticBatch:
+    """Batches of up to ``batch`` requests, each served until its last member has finished.
+
+    With ``batch = 1`` this is FIFO. A batch takes those that have arrived, in order, and never
+    waits for more; a request without an arrival time arrives when it is taken. A prefill longer
+    than ``chunk_tokens`` is served in chunks, a step each.
+    """
+
+    def __init__(self, batch: int = 1, chunk_tokens: int = 0) -> None:
+        self.batch = batch
+        self.chunk_tokens = chunk_tokens
+        self._waiting: deque[Work] = deque()
+        self._running: list[Work] = []
+        self._size = 0
+        self._closed = False
+        self._steps = 0
+
+    def offer(self, work: Work) -> None:
+        """The next request of the trace."""
+        self._waiting.append(work)
+
+    def close(self) -> None:
+        """No request will follow."""
+        self._closed = True
+
+    def next_step(self, now_ns: int) -> Step | Idle | str:
+        """The next step of the running batch, or the first of a new one."""
+        self._running = [w for w in self._running if not w.finished]
+        if not self._running:
+            verdict = self._admit(now_ns)
+            if verdict is not None:
+                return verdict
+        parts = tuple(self._part(work) for work in self._running)
+        step = Step(self._steps, parts, self._size - len(parts))
+        self._steps += 1
+        return step
+
+    def _admit(self, now_ns: int) -> Idle | str | None:
+        arrived = 0
+        for work in self._waiting:
+            if arrived == self.batch or (work.arrival_ns or 0) > now_ns:
+                break
+            arrived += 1
+        if arrived < self.batch and arrived == len(self._waiting) and not self._closed:
+            return STARVED
+        if not self._waiting:
+            return DONE
+        if not arrived:
+            return Idle(self._waiting[0].arrival_ns or 0)
+        self._running = [self._waiting.popleft() for _ in range(arrived)]
+        self._size = arrived
+        return None
+
+    def _part(self, work: Work) -> Part:
+        number, first = work.next_pass, work.next_token
+        last = work.tokens(number)
+        if self.chunk_tokens and work.phase(number) == Phase.PREFILL:
+            last = min(last, first + self.chunk_tokens)
+        ends = last == work.tokens(number)
+        work.next_pass, work.next_token = (number + 1, 0) if ends else (number, last)
+        return Part(work, number, first, last, first == 0, ends)
+
+
+# ---- layer events --------------------------------------------------------------------------------
+
+
+class Demand(NamedTuple):
+    """A layer event's demand: each expert once, by first token, then gate rank."""
+
+    experts: IntArray
+    tokens: IntArray
+    phases: AnyArray
+
+
+class Item(NamedTuple):
+    """A layer event with its costs' arguments: tokens of the dense part and context they attend."""
+
+    event: LayerEvent
+    demand: Demand
+    dense_tokens: int
+    context: int
+
+
+def layer_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
+    """The layer events of a step, in layer order; ``first_event`` numbers them."""
+    layers = sorted({la for part in step.parts for la in _layers(part)})
+    event = first_event
+    for layer in layers:
+        item = _item(step, layer, event, experts)
+        if item is not None:
+            yield item
+            event += 1
+
+
+def flat_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
+    """The same, every access an event of its own (token by token, rank by rank).
+
+    The dense part is charged to a layer's first access. Only for comparison with generic cache
+    simulators: real layers need their experts together.
+    """
+    event = first_event
+    for whole in layer_events(step, first_event, experts):
+        source = whole.event
+        dense = whole.dense_tokens
+        for slot in source.slots:
+            for token in range(slot.first, slot.first + slot.tokens):
+                for expert in source.token_experts[token]:
+                    if expert == DROPPED:
+                        continue
+                    yield _single(whole, slot, token, int(expert), event, dense, experts)
+                    event += 1
+                    dense = 0
+
+
+def _single(
+    whole: Item, slot: Slot, token: int, expert: int, event: int, dense: int, experts: int
+) -> Item:
+    source = whole.event
+    only = slice(token, token + 1)
+    single = replace(
+        source,
+        event=event,
+        slots=(slot._replace(first=0, tokens=1),),
+        token_experts=np.array([[expert]], np.uint16),
+        weights=None if source.weights is None else source.weights[only],
+        gate=None if source.gate is None else source.gate[only],
+        ahead={distance: rows[only] for distance, rows in source.ahead.items()},
+        norms=None if source.norms is None else source.norms[only],
+    )
+    return Item(single, union(single, experts), dense, whole.context)
+
+
+def _layers(part: Part) -> list[int]:
+    work = part.work
+    return work.block_layers[work.passes[part.number] : work.passes[part.number + 1]]
+
+
+def _item(step: Step, layer: int, event: int, experts: int) -> Item | None:
+    """The layer's rows of every part, gathered; None if no part has tokens there."""
+    slots: list[Slot] = []
+    spans: list[tuple[Work, int, int]] = []
+    total = context = 0
+    for part in step.parts:
+        span = _span(part, layer)
+        if span is None:
+            continue
+        first, last = span
+        work = part.work
+        phase = work.phase(part.number)
+        iteration = int(work.rows.iteration[first])
+        slots.append(Slot(work.rows.request, iteration, phase, total, last - first))
+        spans.append((work, first, last))
+        total += last - first
+        context += int(work.rows.position[last - 1]) + 1
+    if not slots:
+        return None
+    source = LayerEvent(
+        event=event,
+        step=step.number,
+        layer=layer,
+        slots=tuple(slots),
+        token_experts=_gather([w.rows.experts[a:b] for w, a, b in spans]),
+        weights=_gather_optional([_cut(w.weights, a, b) for w, a, b in spans]),
+        gate=_gather_optional([_cut(w.gate, a, b) for w, a, b in spans]),
+        ahead={d: _gather([w.ahead[d][a:b] for w, a, b in spans]) for d in spans[0][0].ahead},
+        norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in spans]),
+    )
+    return Item(source, union(source, experts), total + step.padding, context)
+
+
+def _span(part: Part, layer: int) -> tuple[int, int] | None:
+    """Rows of a part in a layer. Chunks cut the longest stack; shorter ones run with the last."""
+    work = part.work
+    first, last = work.passes[part.number], work.passes[part.number + 1]
+    block = first + layer - work.block_layers[first]
+    if not first <= block < last or work.block_layers[block] != layer:
+        if layer not in work.block_layers[first:last]:
+            return None
+        block = work.block_layers.index(layer, first, last)
+    low, high = work.blocks[block], work.blocks[block + 1]
+    if part.begins and part.ends:
+        return low, high
+    if high - low < work.tokens(part.number):
+        return (low, high) if part.ends else None
+    return low + part.first, low + part.last
+
+
+def _cut(values: AnyArray | None, first: int, last: int) -> AnyArray | None:
+    return None if values is None else values[first:last]
+
+
+def _gather(pieces: list[AnyArray]) -> AnyArray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _gather_optional(pieces: list[AnyArray | None]) -> AnyArray | None:
+    present = [piece for piece in pieces if piece is not None]
+    return _gather(present) if present else None
+
+
+def union(event: LayerEvent, experts: int, token_experts: AnyArray | None = None) -> Demand:
+    """The demand of an event's choices (or of ``token_experts``, uint16 [T, k], in their place)."""
+    chosen = event.token_experts if token_experts is None else token_experts
+    base = event.layer * experts
+    flat = chosen.reshape(-1)
+    if len(flat) == chosen.shape[1]:
+        return _single_token(flat, base, event.slots[0].phase)
+    kept = np.flatnonzero(flat != DROPPED)
+    ids, first, counts = np.unique(flat[kept], return_index=True, return_counts=True)
+    order = np.argsort(first, kind="stable")
+    token = kept[first[order]] // chosen.shape[1]
+    phases = np.concatenate([np.full(s.tokens, s.phase, np.uint8) for s in event.slots])
+    return Demand(ids[order].astype(np.int64) + base, counts[order].astype(np.int64), phases[token])
+
+
+def _single_token(flat: AnyArray, base: int, phase: Phase) -> Demand:
+    chosen = flat[flat != DROPPED].astype(np.int64) + base
+    count = len(chosen)
+    return Demand(chosen, np.ones(count, np.int64), np.full(count, phase, np.uint8))
+
+
+# ---- a pass without a clock ----------------------------------------------------------------------
+
+
+def timeless_steps(works: Iterable[Work], scheduler: Scheduler) -> Iterator[Step]:
+    """The steps of a workload whose schedule does not depend on time (no arrivals).
+
+    Raises
+    ------
+    NotRunError
+        If a request has an arrival time: then steps depend on the clock, and no oracle can know
+        them before the run.
+    """
+    pending = iter(works)
+    while True:
+        step = scheduler.next_step(0)
+        if isinstance(step, Step):
+            yield step
+        elif step == STARVED:
+            work = next(pending, None)
+            if work is None:
+                scheduler.close()
+            else:
+                scheduler.offer(work)
+        elif step == DONE:
+            return
+        else:
+            raise NotRunError(
+                "a policy that sees the future needs a schedule that does not depend on time; "
+                "leave out --arrivals"
+            )
+
+
+class KnownFuture:
+    """The demand of a whole run, as oracles may see it. 12 bytes an access."""
+
+    def __init__(self, demands: Iterable[IntArray], size: int) -> None:
+        pieces = [d.astype(np.int32) for d in demands]
+        counts = np.fromiter((len(p) for p in pieces), np.int64, len(pieces))
+        self._offsets = np.concatenate(([0], np.cumsum(counts)))
+        self._ids = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        event = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
+        order = np.argsort(self._ids, kind="stable")
+        ids, when = self._ids[order], event[order]
+        same = ids[1:] == ids[:-1]
+        following = np.full(len(ids), NEVER, np.int64)
+        following[:-1][same] = when[1:][same]
+        self._next = np.empty_like(following)
+        self._next[order] = following
+        self._first = np.full(size, NEVER, np.int64)
+        heads = np.concatenate(([True], ~same)) if len(ids) else np.empty(0, bool)
+        self._first[ids[heads]] = when[heads]
+        self._counts = np.bincount(self._ids, minlength=size).astype(np.int64)
+
+    @property
+    def first_use(self) -> IntArray:
+        """int64 [layers * experts]: first layer event that demands each expert, or NEVER."""
+        return self._first
+
+    @property
+    def counts(self) -> IntArray:
+        """int64 [layers * experts]: how many layer events demand each expert."""
+        return self._counts
+
+    @property
+    def events(self) -> int:
+        """How many layer events the run has."""
+        return len(self._offsets) - 1
+
+    def demand(self, event: int) -> IntArray:
+        """Expert ids that a layer event demands, in demand order."""
+        return self._ids[self._offsets[event] : self._offsets[event + 1]].astype(np.int64)
+
+    def next_use(self, event: int) -> IntArray:
+        """For each expert of ``demand(event)``: the next layer event that demands it, or NEVER."""
+        following: IntArray = self._next[self._offsets[event] : self._offsets[event + 1]]
+        return following

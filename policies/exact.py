@@ -1,0 +1,14 @@
+"""Routing as the model chose it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.policy import RouteSeat
+
+
+@dataclass
+class Exact(RouteSeat):
+    """Bends nothing."""
+
+    name = "exact"

@@ -1,0 +1,14 @@
+"""Every missing expert is copied to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.policy import MissSeat
+
+
+@dataclass
+class Fetch(MissSeat):
+    """Fetches."""
+
+    name = "fetch"

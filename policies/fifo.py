@@ -1,0 +1,19 @@
+"""First in, first out: the age of a copy counts from the load that brought it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.policies.lru import LRU, touch
+from moesim.types import Gate, Status
+
+
+@dataclass
+class FIFO(LRU):
+    """Evicts what was loaded longest ago."""
+
+    name = "fifo"
+
+    def gate(self, gate: Gate) -> None:
+        """Only what must be loaded is stamped."""
+        touch(self.score, self.clock, gate.experts[gate.status == Status.MISS])

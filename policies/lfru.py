@@ -1,0 +1,53 @@
+"""Least frequently and recently used: uses divided by age (a vLLM proposal; moe-cache-eval).
+
+Age counts layer events since the last touch. Where the sources are silent: counts survive eviction,
+and a prefetch renews the age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesim.policy import KeepSeat, World
+from moesim.types import ExpertId, Gate, IntArray
+
+SHIFT = 24
+"""Fraction bits of a score."""
+MOST = (1 << 38) - 1
+
+
+def worth(counts: IntArray, last: IntArray, experts: IntArray, event: int) -> IntArray:
+    """Kernel: int64 floor(2**24 * count / age) of each expert."""
+    scores: IntArray = (np.minimum(counts[experts], MOST) << SHIFT) // (event - last[experts] + 1)
+    return scores
+
+
+@dataclass
+class LFRU(KeepSeat):
+    """Evicts the smallest uses / age."""
+
+    name = "lfru"
+
+    def begin(self, world: World) -> None:
+        """Nothing was used."""
+        super().begin(world)
+        self.counts = np.zeros(world.size, np.int64)
+        self.last = np.full(world.size, -1, np.int64)
+        self.event = -1
+
+    def gate(self, gate: Gate) -> None:
+        """One use each."""
+        self.event = gate.event
+        self.counts[gate.experts] += 1
+        self.last[gate.experts] = gate.event
+
+    def planned(self, experts: Sequence[ExpertId]) -> None:
+        """A prefetch renews the age."""
+        self.last[np.asarray(experts, np.int64)] = self.event
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        """Uses / age at ``event``."""
+        return worth(self.counts, self.last, experts, event)

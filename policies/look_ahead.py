@@ -1,0 +1,41 @@
+"""Exact look-ahead: the demand of the next layer events, known. A bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.errors import UsageError
+from moesim.policy import CacheView, Future, PrefetchSeat, World
+from moesim.types import NO_PLAN, Fact, Gate, Needs, Plan, Prefetch
+
+
+@dataclass
+class LookAhead(PrefetchSeat):
+    """Prefetches what the next ``distance`` layer events will demand, the nearest first."""
+
+    name = "look-ahead"
+    needs = Needs.FUTURE
+    distance: int = 1
+
+    def __post_init__(self) -> None:
+        """At least the next layer event."""
+        if self.distance < 1:
+            raise UsageError(f"prefetch.distance={self.distance}: must be at least 1")
+
+    def begin(self, world: World) -> None:
+        """Take the future."""
+        assert world.future is not None
+        self.future: Future = world.future
+
+    def plan(self, fact: Fact, cache: CacheView) -> Plan:
+        """At each gate."""
+        if not isinstance(fact, Gate):
+            return NO_PLAN
+        last = min(fact.event + self.distance, self.future.events - 1)
+        return Plan(
+            prefetches=[
+                Prefetch(expert, expires=event, priority=-event)
+                for event in range(fact.event + 1, last + 1)
+                for expert in self.future.demand(event).tolist()
+            ]
+        )
