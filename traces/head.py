@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ def head(
     *,
     tokens: int | None = None,
     requests: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> TraceMeta:
     """Write the first `tokens` tokens (as `TraceMeta.tokens` counts) or `requests` requests.
 
     The last request ends where the tokens end: between iterations, or within one between tokens
     (in all of its layers alike). An iteration that runs through several stacks is not split. A
     request that was cut loses the facts that no longer hold: `output_tokens`, and if its prefill
-    was cut `prompt_tokens`. Returns the new metadata; raises `TraceError` or `UsageError`.
+    was cut `prompt_tokens`. `progress` is called with the tokens (or requests) of each request
+    written. Returns the new metadata; raises `TraceError` or `UsageError`.
     """
     if (tokens is None) == (requests is None):
         raise UsageError("give either a number of tokens or a number of requests")
@@ -46,7 +49,10 @@ def head(
                     if cut is None:
                         break
                     rows, left = cut
+                before = writer.tokens
                 writer.write_request(rows)
+                if progress is not None:
+                    progress(1 if tokens is None else writer.tokens - before)
                 if tokens is not None and not left:
                     break
             if not writer.rows:

@@ -160,6 +160,11 @@ class TraceWriter:
         """Rows taken so far."""
         return self._tally.rows
 
+    @property
+    def tokens(self) -> int:
+        """Tokens taken so far, as `TraceMeta.tokens` counts them."""
+        return self._tally.tokens
+
     def _flush(self) -> None:
         if self._file is None or not self._waiting.rows:
             return

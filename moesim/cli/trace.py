@@ -121,7 +121,14 @@ def run_head(args: argparse.Namespace) -> int:
     """Write the head. Raises `TraceError`, `UsageError`."""
     from moesim.traces.head import head
 
-    meta = head(args.source, args.target, tokens=args.tokens, requests=args.requests)
+    with _progress("cutting", args.tokens or args.requests) as advance:
+        meta = head(
+            args.source,
+            args.target,
+            tokens=args.tokens,
+            requests=args.requests,
+            progress=advance,
+        )
     if args.json:
         print(json.dumps({**_head_of(args.target), **_counts(meta)}))
     else:
