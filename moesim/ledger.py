@@ -18,6 +18,9 @@ from moesim.types import AnyArray, IntArray, State
 SCOPES = ("global", "layer")
 ALLOCATORS = ("bytes", "slots")
 
+# Plain integers: an enumeration's members are slow to name where every event does it.
+ABSENT, QUEUED, IN_FLIGHT, RESIDENT = (int(state) for state in State)
+
 
 class LedgerError(RuntimeError):
     """The host broke a law of the ledger: a bug, not a user's mistake."""
@@ -48,11 +51,18 @@ class Ledger:
         self.size: int = layers * experts
         self.per_layer = len(capacity_bytes) > 1 or layers == 1
         self.capacity = [int(c) for c in capacity_bytes]
-        self.booked = _booked(expert_bytes, self.per_layer, allocator)
-        self.copied = [int(b) for b in expert_bytes.reshape(-1)]
-        self._layers = layers
         caches = len(self.capacity)
-        self.state = np.zeros(precisions * self.size, np.uint8)
+        self._states = bytearray(precisions * self.size)
+        self.state = np.frombuffer(self._states, np.uint8)
+        """uint8 [keys] of ``State``: a view, always current."""
+        self.cache_of: list[int] = _by_key(np.arange(layers) * self.per_layer, experts, precisions)
+        """The cache that holds each key."""
+        self.bytes_of: list[int] = _by_key(
+            _booked(expert_bytes, self.per_layer, allocator), experts, 1
+        )
+        """Bytes booked for each key."""
+        self.copy_bytes: list[int] = _by_key(expert_bytes, experts, 1)
+        """Bytes that a load of each key moves."""
         self.residents: list[set[int]] = [set() for _ in range(caches)]
         self.used = [0] * caches
         self.pinned: set[int] = set()
@@ -70,89 +80,73 @@ class Ledger:
         """The precision of a key."""
         return key // self.size
 
-    def layer(self, key: int) -> int:
-        """The layer of a key."""
-        return key % self.size // self.experts
-
-    def cache(self, key: int) -> int:
-        """The cache that holds a key."""
-        return self.layer(key) if self.per_layer else 0
-
-    def bytes_of(self, key: int) -> int:
-        """Bytes booked for a copy."""
-        return self.booked[self.precision(key) * self._layers + self.layer(key)]
-
-    def copy_bytes(self, key: int) -> int:
-        """Bytes that a load of the copy moves."""
-        return self.copied[self.precision(key) * self._layers + self.layer(key)]
-
     def free(self, cache: int) -> int:
         """Unreserved bytes of a cache; negative after it shrank below what it holds."""
         return self.capacity[cache] - self.used[cache]
 
     def resident_bytes(self) -> int:
         """Copied bytes of all residents."""
-        return sum(self.copy_bytes(k) for cache in self.residents for k in cache)
+        return sum(self.copy_bytes[k] for cache in self.residents for k in cache)
 
     # ---- changes ---------------------------------------------------------------------------------
 
     def queue(self, key: int) -> None:
         """A load of the copy is wanted; no bytes are held."""
-        self._expect(key, State.ABSENT)
-        self.state[key] = State.QUEUED
+        self._expect(key, ABSENT)
+        self._states[key] = QUEUED
 
     def forget(self, key: int) -> None:
         """A queued load is no longer wanted."""
-        self._expect(key, State.QUEUED)
-        self.state[key] = State.ABSENT
+        self._expect(key, QUEUED)
+        self._states[key] = ABSENT
 
     def reserve(self, key: int) -> None:
         """The link was granted: book the copy's bytes."""
-        self._expect(key, State.QUEUED)
-        cache = self.cache(key)
-        if self.bytes_of(key) > self.free(cache):
+        self._expect(key, QUEUED)
+        cache = self.cache_of[key]
+        if self.bytes_of[key] > self.free(cache):
             raise LedgerError(f"cache {cache} has no room for key {key}")
-        self.state[key] = State.IN_FLIGHT
-        self._book(cache, self.bytes_of(key))
+        self._states[key] = IN_FLIGHT
+        self._book(cache, self.bytes_of[key])
 
     def land(self, key: int) -> None:
         """The last byte has arrived."""
-        self._expect(key, State.IN_FLIGHT)
-        self.state[key] = State.RESIDENT
-        self.residents[self.cache(key)].add(key)
+        self._expect(key, IN_FLIGHT)
+        self._states[key] = RESIDENT
+        self.residents[self.cache_of[key]].add(key)
 
     def abandon(self, key: int) -> None:
         """A load in flight was cancelled: its bytes are free again."""
-        self._expect(key, State.IN_FLIGHT)
-        self.state[key] = State.ABSENT
-        self._book(self.cache(key), -self.bytes_of(key))
+        self._expect(key, IN_FLIGHT)
+        self._states[key] = ABSENT
+        self._book(self.cache_of[key], -self.bytes_of[key])
 
     def evict(self, key: int) -> None:
         """A resident, unpinned copy goes."""
-        self._expect(key, State.RESIDENT)
+        self._expect(key, RESIDENT)
         if key in self.pinned:
             raise LedgerError(f"key {key} is pinned")
-        cache = self.cache(key)
-        self.state[key] = State.ABSENT
+        cache = self.cache_of[key]
+        self._states[key] = ABSENT
         self.residents[cache].remove(key)
-        self._book(cache, -self.bytes_of(key))
+        self._book(cache, -self.bytes_of[key])
 
     def stage(self, key: int) -> None:
         """Book a copy outside the capacity, for the time of one use."""
-        self._expect(key, State.QUEUED)
-        self.state[key] = State.IN_FLIGHT
-        self.staged_bytes += self.bytes_of(key)
-        self._hold(self.bytes_of(key))
+        self._expect(key, QUEUED)
+        self._states[key] = IN_FLIGHT
+        self.staged_bytes += self.bytes_of[key]
+        self._hold(self.bytes_of[key])
 
     def unstage(self, key: int, *, adopt: bool) -> None:
         """A staged copy was used: it becomes a resident, or goes."""
-        self._expect(key, State.IN_FLIGHT)
-        nbytes = self.bytes_of(key)
+        self._expect(key, IN_FLIGHT)
+        nbytes = self.bytes_of[key]
         self.staged_bytes -= nbytes
         self._hold(-nbytes)
-        self.state[key] = State.ABSENT
+        self._states[key] = ABSENT
         if adopt:
-            self.state[key] = State.QUEUED
+            self._states[key] = QUEUED
             self.reserve(key)
             self.land(key)
 
@@ -162,9 +156,10 @@ class Ledger:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _expect(self, key: int, state: State) -> None:
-        if self.state[key] != state:
-            raise LedgerError(f"key {key} is {State(self.state[key]).name}, not {state.name}")
+    def _expect(self, key: int, state: int) -> None:
+        if self._states[key] != state:
+            there = State(self._states[key]).name
+            raise LedgerError(f"key {key} is {there}, not {State(state).name}")
 
     def _book(self, cache: int, nbytes: int) -> None:
         self.used[cache] += nbytes
@@ -178,23 +173,28 @@ class Ledger:
         """Recompute the books from the residents' states; raise ``LedgerError`` if they differ."""
         for cache, held in enumerate(self.residents):
             flying = [
-                int(k)
-                for k in np.flatnonzero(self.state == State.IN_FLIGHT)
-                if self.cache(int(k)) == cache
+                k
+                for k in np.flatnonzero(self.state == IN_FLIGHT).tolist()
+                if self.cache_of[k] == cache
             ]
-            booked = sum(self.bytes_of(k) for k in held)
-            moving = sum(self.bytes_of(k) for k in flying)
+            booked = sum(self.bytes_of[k] for k in held)
+            moving = sum(self.bytes_of[k] for k in flying)
             if not booked <= self.used[cache] <= booked + moving:
                 raise LedgerError(f"cache {cache} books {self.used[cache]}, holds {booked}")
-        wrong = [k for held in self.residents for k in held if self.state[k] != State.RESIDENT]
+        wrong = [k for held in self.residents for k in held if self.state[k] != RESIDENT]
         if wrong:
             raise LedgerError(f"keys {wrong} are listed but not resident")
 
 
-def _booked(expert_bytes: IntArray, per_layer: bool, allocator: str) -> list[int]:
-    """Bytes booked for a copy of each (precision, layer), flattened."""
-    table: AnyArray = expert_bytes
-    if allocator == "slots":
-        largest = expert_bytes.max(axis=0) if per_layer else expert_bytes.max()
-        table = np.broadcast_to(largest, expert_bytes.shape)
-    return [int(b) for b in table.reshape(-1)]
+def _booked(expert_bytes: IntArray, per_layer: bool, allocator: str) -> IntArray:
+    """Bytes booked for a copy of each (precision, layer)."""
+    if allocator == "bytes":
+        return expert_bytes
+    largest = expert_bytes.max(axis=0) if per_layer else expert_bytes.max()
+    return np.broadcast_to(largest, expert_bytes.shape)
+
+
+def _by_key(table: AnyArray, experts: int, precisions: int) -> list[int]:
+    """A value of each (precision, layer) or layer, as a list over keys."""
+    keys: list[int] = np.tile(np.repeat(table.reshape(-1), experts), precisions).tolist()
+    return keys

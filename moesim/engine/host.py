@@ -8,7 +8,7 @@ from collections.abc import Callable
 import simpy
 
 from moesim.costs import Costs
-from moesim.engine.clock import Clock, Process, Rank
+from moesim.engine.clock import COMPUTE_DONE, WORKER_DONE, Clock, Process
 from moesim.types import Job
 
 
@@ -48,20 +48,20 @@ class Host:
 
     def _wake(self) -> None:
         if self._asleep:
-            self.clock.fire(self._asleep.popleft(), Rank.WORKER_DONE)
+            self.clock.fire(self._asleep.popleft(), WORKER_DONE)
 
     def _work(self) -> Process:
         while True:
             if self._experts:
                 key, duration = self._experts.popleft()
                 start = self.clock.now
-                yield self.clock.after(duration, Rank.COMPUTE_DONE)
+                yield self.clock.after(duration, COMPUTE_DONE)
                 self._span("cpu", start, key)
                 self._expert_done(key)
             elif self._jobs:
                 job = self._jobs.popleft()
                 start = self.clock.now
-                yield self.clock.after(self._costs.job_ns(job.ops, job.nbytes), Rank.WORKER_DONE)
+                yield self.clock.after(self._costs.job_ns(job.ops, job.nbytes), WORKER_DONE)
                 self._span("job", start, -1)
                 self.jobs_waiting -= 1
                 self._job_done(job)

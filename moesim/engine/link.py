@@ -13,14 +13,14 @@ import simpy
 
 from moesim import log
 from moesim.costs import Costs
-from moesim.engine.clock import Clock, Process, Rank
+from moesim.engine.clock import LINK_GRANT, LOAD_DONE, Clock, Process
 from moesim.engine.tally import Tally
 from moesim.engine.view import View
 from moesim.errors import PolicyError
-from moesim.ledger import Ledger
+from moesim.ledger import RESIDENT, Ledger
 from moesim.log import LogDigest
 from moesim.policy import Policy
-from moesim.types import NEVER, Dropped, Evicted, IntArray, Landed, Phase, State
+from moesim.types import NEVER, Dropped, Evicted, IntArray, Landed, Phase
 
 
 @dataclass(eq=False, slots=True)
@@ -113,7 +113,7 @@ class Link:
         self._sequence += 1
         return Transfer(
             key=key,
-            ends=self._ends(self.ledger.copy_bytes(key)),
+            ends=self._ends(self.ledger.copy_bytes[key]),
             phase=phase,
             event=self.event,
             order=order,
@@ -204,14 +204,14 @@ class Link:
         """Something changed: perhaps the link may send again."""
         if self._asleep is not None and (self._demand or self._prefetch):
             asleep, self._asleep = self._asleep, None
-            self.clock.fire(asleep, Rank.LINK_GRANT)
+            self.clock.fire(asleep, LINK_GRANT)
 
     # ---- the channel -----------------------------------------------------------------------------
 
     def run(self) -> Process:
         """Send, chunk by chunk, for ever."""
         while True:
-            yield self.clock.after(0, Rank.LINK_GRANT)
+            yield self.clock.after(0, LINK_GRANT)
             transfer = self._next()
             if transfer is None:
                 self._asleep = self.clock.signal()
@@ -225,7 +225,7 @@ class Link:
         duration = transfer.ends[last - 1] - began
         start = self.clock.now
         self._in_service = transfer
-        yield self.clock.after(duration, Rank.LOAD_DONE)
+        yield self.clock.after(duration, LOAD_DONE)
         self._in_service = None
         transfer.sent = last
         self.tally.link_busy_ns += duration
@@ -248,7 +248,7 @@ class Link:
         for transfer in sorted(self._prefetch.values(), key=_urgency):
             if transfer.issued:
                 return transfer
-            place = (self.ledger.cache(transfer.key), self.ledger.bytes_of(transfer.key))
+            place = (self.ledger.cache_of[transfer.key], self.ledger.bytes_of[transfer.key])
             if place not in full and self._issue(transfer):
                 return transfer
             # What had no room at a higher priority has none at a lower one, unless it brings its
@@ -284,8 +284,8 @@ class Link:
 
     def _victims(self, transfer: Transfer) -> list[int] | None:
         """Who goes for a load: none needed, a list, or None if room cannot be made now."""
-        cache = self.ledger.cache(transfer.key)
-        lacking = self.ledger.bytes_of(transfer.key) - self.ledger.free(cache)
+        cache = self.ledger.cache_of[transfer.key]
+        lacking = self.ledger.bytes_of[transfer.key] - self.ledger.free(cache)
         if transfer.replaces >= 0:
             return self._replaced(transfer, cache, lacking)
         if lacking <= 0:
@@ -323,9 +323,9 @@ class Link:
 
     def _replaced(self, transfer: Transfer, cache: int, lacking: int) -> list[int] | None:
         key = transfer.replaces
-        if self.ledger.state[key] != State.RESIDENT:
+        if self.ledger.state[key] != RESIDENT:
             return [] if lacking <= 0 else None
-        if key in self.ledger.pinned or self.ledger.bytes_of(key) < lacking:
+        if key in self.ledger.pinned or self.ledger.bytes_of[key] < lacking:
             return None
         return [key]
 
@@ -333,14 +333,14 @@ class Link:
         self, candidates: list[int], last: list[int], lacking: int, cache: int
     ) -> list[int] | None:
         ledger = self.ledger
-        if sum(map(ledger.bytes_of, candidates)) + sum(map(ledger.bytes_of, last)) < lacking:
+        if self._bytes(candidates) + self._bytes(last) < lacking:
             return None
         chosen: list[int] = []
         for key in [*self._by_worth(candidates, lacking), *last]:
             if lacking <= 0:
                 break
             chosen.append(key)
-            lacking -= ledger.bytes_of(key)
+            lacking -= ledger.bytes_of[key]
         return chosen
 
     def _by_worth(self, candidates: list[int], lacking: int) -> list[int]:
@@ -350,9 +350,12 @@ class Link:
         if not self.policy.scored:
             return self._named(candidates, lacking)
         worth = self._scores(candidates)
-        if self.ledger.bytes_of(candidates[int(worth.argmin())]) >= lacking:
+        if self.ledger.bytes_of[candidates[int(worth.argmin())]] >= lacking:
             return [candidates[int(worth.argmin())]]
         return [candidates[i] for i in np.argsort(worth, kind="stable")]
+
+    def _bytes(self, keys: list[int]) -> int:
+        return sum(self.ledger.bytes_of[k] for k in keys)
 
     def _scores(self, keys: list[int]) -> IntArray:
         experts = np.array([self.ledger.expert(k) for k in keys], np.int64)
@@ -378,9 +381,7 @@ class Link:
         keys = [allowed[e] for e in named]
         if len(set(keys)) < len(keys):
             raise PolicyError(f"layer event {self.event}: a victim was named twice")
-        if sum(map(self.ledger.bytes_of, keys)) < min(
-            lacking, sum(map(self.ledger.bytes_of, candidates))
-        ):
+        if self._bytes(keys) < min(lacking, self._bytes(candidates)):
             raise PolicyError(
                 f"layer event {self.event}: victims free too little, {lacking} bytes are needed"
             )
@@ -391,7 +392,7 @@ class Link:
             return f"no expert id below {self.ledger.size}"
         if int(expert) in self.ledger.pinned or int(expert) in self.members:
             return "pinned"
-        if self.ledger.state[int(expert)] != State.RESIDENT:
+        if self.ledger.state[int(expert)] != RESIDENT:
             return "absent"
         return "in another cache, or held by a plan of higher priority"
 
@@ -401,7 +402,7 @@ class Link:
         key = transfer.key
         counts = self.tally.phases[transfer.phase]
         counts.loads += 1
-        counts.bytes_loaded += self.ledger.copy_bytes(key)
+        counts.bytes_loaded += self.ledger.copy_bytes[key]
         self.log.add(log.LAND, self.clock.now, key)
         if not transfer.staged:
             del self.flying[key]
@@ -451,7 +452,7 @@ class Link:
     def _evict(self, key: int, cause: Transfer | None) -> None:
         self.ledger.evict(key)
         self.tally.evictions += 1
-        self.tally.evicted_bytes += self.ledger.copy_bytes(key)
+        self.tally.evicted_bytes += self.ledger.copy_bytes[key]
         self.log.add(log.EVICT, self.clock.now, key)
         self.decisions.add(log.EVICT, key)
         self.holds.pop(key, None)
@@ -475,7 +476,7 @@ class Link:
         self.ledger.pinned.discard(key)
         if not adopt:
             self.tally.evictions += 1
-            self.tally.evicted_bytes += self.ledger.copy_bytes(key)
+            self.tally.evicted_bytes += self.ledger.copy_bytes[key]
             self.log.add(log.EVICT, self.clock.now, key)
             self.decisions.add(log.EVICT, key)
             self.policy.note(
@@ -484,8 +485,8 @@ class Link:
 
     def _lesser(self, key: int) -> list[int] | None:
         """Residents of smaller score whose bytes suffice; None: the copy does not stay."""
-        cache = self.ledger.cache(key)
-        lacking = self.ledger.bytes_of(key) - self.ledger.free(cache)
+        cache = self.ledger.cache_of[key]
+        lacking = self.ledger.bytes_of[key] - self.ledger.free(cache)
         if lacking <= 0:
             return []
         free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
@@ -495,7 +496,7 @@ class Link:
             if worth[i] >= worth[-1]:
                 return None
             chosen.append(free[i])
-            lacking -= self.ledger.bytes_of(free[i])
+            lacking -= self.ledger.bytes_of[free[i]]
             if lacking <= 0:
                 return chosen
         return None
@@ -511,17 +512,17 @@ class Link:
             for victim in self._by_worth(free, lacking):
                 if lacking <= 0:
                     break
-                lacking -= self.ledger.bytes_of(victim)
+                lacking -= self.ledger.bytes_of[victim]
                 self._evict(victim, None)
 
     def _settle_fate(self, transfer: Transfer, fate: str, nbytes: int | None = None) -> None:
         if transfer.prefetch:
-            moved = self.ledger.copy_bytes(transfer.key) if nbytes is None else nbytes
+            moved = self.ledger.copy_bytes[transfer.key] if nbytes is None else nbytes
             self.tally.prefetch.end(fate, moved)
 
     def _moved_bytes(self, transfer: Transfer) -> int:
         """Bytes of the chunks that have moved."""
-        whole = self.ledger.copy_bytes(transfer.key)
+        whole = self.ledger.copy_bytes[transfer.key]
         return min(whole, transfer.sent * (self._costs.hardware.link.chunk_bytes or whole))
 
     def _ends(self, nbytes: int) -> tuple[int, ...]:

@@ -15,14 +15,22 @@ import numpy as np
 import simpy
 
 from moesim import log
-from moesim.engine.clock import Clock, Process, Rank
+from moesim.engine.clock import (
+    ARRIVAL,
+    COMPUTE_DONE,
+    GATE,
+    LOAD_DONE,
+    STEP_BEGIN,
+    Clock,
+    Process,
+)
 from moesim.engine.host import Host
 from moesim.engine.link import Link, Transfer
 from moesim.engine.setup import Setup
 from moesim.engine.tally import RequestTimes, Tally
 from moesim.engine.view import View
 from moesim.errors import PolicyError, UsageError
-from moesim.ledger import Ledger
+from moesim.ledger import ABSENT, RESIDENT, Ledger
 from moesim.types import (
     AnyArray,
     Gate,
@@ -37,7 +45,6 @@ from moesim.types import (
     RequestBegin,
     RequestEnd,
     Serve,
-    State,
     Status,
 )
 from moesim.workload import (
@@ -53,6 +60,11 @@ from moesim.workload import (
     layer_events,
     union,
 )
+
+HIT, LATE, MISS = map(int, Status)
+
+JUDGED = np.array([MISS, MISS, LATE, HIT], np.uint8)
+"""Status at the gate by ``State``: what only waits in the queue is a miss."""
 
 
 class ReferenceEngine:
@@ -118,7 +130,7 @@ class ReferenceEngine:
         if self._starved is not None:
             starved, self._starved = self._starved, None
             # Before everything else at this nanosecond: being fed takes no part in the order.
-            self.clock.fire(starved, Rank(0))
+            self.clock.fire(starved, LOAD_DONE)
 
     def advance(self) -> bool:
         """Run until the run is done (True) or the next request is needed (False)."""
@@ -134,11 +146,11 @@ class ReferenceEngine:
         while True:
             step = scheduler.next_step(self.clock.now)
             if isinstance(step, Step):
-                yield self.clock.after(0, Rank.STEP_BEGIN)
+                yield self.clock.after(0, STEP_BEGIN)
                 yield from self._step(step)
             elif isinstance(step, Idle):
                 times.idle += step.until_ns - self.clock.now
-                yield self.clock.after(step.until_ns - self.clock.now, Rank.ARRIVAL)
+                yield self.clock.after(step.until_ns - self.clock.now, ARRIVAL)
             elif step == STARVED:
                 self._starved = self.clock.signal()
                 yield self._starved
@@ -156,10 +168,10 @@ class ReferenceEngine:
     def _fill(self) -> Process:
         """Make the initial state resident, one load after the other, before the first request."""
         for order, expert in enumerate(self.setup.initial):
-            nbytes = self.ledger.copy_bytes(expert)
+            nbytes = self.ledger.copy_bytes[expert]
             if self.setup.initial_charged:
                 duration = self.setup.costs.load_ns(nbytes)
-                yield self.clock.after(duration, Rank.LOAD_DONE)
+                yield self.clock.after(duration, LOAD_DONE)
                 self.tally.times.initial += duration
                 self.tally.link_busy_ns += duration
             self.ledger.queue(expert)
@@ -227,7 +239,7 @@ class ReferenceEngine:
         left = [max(0, c - taken // len(whole)) for c in whole]
         for cache, nbytes in enumerate(left):
             layer = cache if len(left) > 1 else 0
-            if nbytes < self.ledger.bytes_of(layer * self.setup.world.experts):
+            if nbytes < self.ledger.bytes_of[layer * self.setup.world.experts]:
                 raise UsageError(
                     f"--kv share: {context} tokens of KV cache leave {nbytes} bytes for experts, "
                     "less than one; give more --capacity or fewer requests at once"
@@ -243,11 +255,11 @@ class ReferenceEngine:
             yield from self._busy("dense", dense_ns, -1)
             times.dense += dense_ns
             times.sync += costs.sync_ns
-        yield self.clock.after(costs.sync_ns if item.dense_tokens else 0, Rank.GATE)
+        yield self.clock.after(costs.sync_ns if item.dense_tokens else 0, GATE)
         gate, plan = self._gate(item)
         plan_ns = (costs.plan_ns if item.dense_tokens else 0) + costs.job_ns(plan.foreground_ops, 0)
         if plan_ns:
-            yield self.clock.after(plan_ns, Rank.GATE)
+            yield self.clock.after(plan_ns, GATE)
             times.plan += plan_ns
         waiting = self._demand(gate, plan)
         self.link.expire()
@@ -276,12 +288,7 @@ class ReferenceEngine:
         return gate, self._tell_plan(gate)
 
     def _judge(self, demand: Demand) -> AnyArray:
-        states = self.ledger.state[demand.experts]
-        return np.where(
-            states == State.RESIDENT,
-            np.uint8(Status.HIT),
-            np.where(states == State.IN_FLIGHT, np.uint8(Status.LATE), np.uint8(Status.MISS)),
-        )
+        return JUDGED[self.ledger.state[demand.experts]]
 
     def _log_gate(self, gate: Gate) -> None:
         words = (gate.experts * 4 + gate.status).tolist()
@@ -303,28 +310,28 @@ class ReferenceEngine:
         late: list[int] = []
         rows = zip(gate.experts.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
         for key, status, phase in rows:
-            nbytes += self.ledger.bytes_of(key)
-            tally.phases[Phase(phase)].judged(Status(status), self.ledger.copy_bytes(key))
-            if status == Status.HIT:
+            nbytes += self.ledger.bytes_of[key]
+            tally.phases[phase].judged(status, self.ledger.copy_bytes[key])
+            if status == HIT:
                 link.use(key)
-            elif status == Status.LATE:
+            elif status == LATE:
                 late.append(key)
             else:
                 link.miss(key)
         link.promote(late)
         tally.largest_union_bytes = max(tally.largest_union_bytes, nbytes)
-        cache = self.ledger.cache(int(gate.experts[0])) if len(gate.experts) else 0
+        cache = self.ledger.cache_of[int(gate.experts[0])] if len(gate.experts) else 0
         tally.overflows += nbytes > self.ledger.capacity[cache]
 
     def _demand(self, gate: Gate, plan: Plan) -> int:
         """Serve the misses; the number of experts that the compute lane must wait for."""
         missing: list[Transfer] = []
-        for order in np.flatnonzero(gate.status == Status.MISS).tolist():
+        for order in np.flatnonzero(gate.status == MISS).tolist():
             key = int(gate.experts[order])
             how = plan.serve.get(key, Serve.FETCH)
             self._serve_miss(gate, order, key, Phase(gate.phases[order]), how, missing)
         self.link.demand(missing)
-        return int((gate.status == Status.LATE).sum()) + len(missing)
+        return int((gate.status == LATE).sum()) + len(missing)
 
     def _serve_miss(
         self, gate: Gate, order: int, key: int, phase: Phase, how: Serve, missing: list[Transfer]
@@ -357,7 +364,7 @@ class ReferenceEngine:
         tokens = dict(zip(gate.experts.tolist(), gate.tokens.tolist(), strict=True))
         if self.setup.options.order == "barrier":
             yield from self._barrier(gate.layer, waiting)
-        for key in gate.experts[gate.status == Status.HIT].tolist():
+        for key in gate.experts[gate.status == HIT].tolist():
             yield from self._run_expert(key, tokens[key], gate.layer)
         for _ in range(waiting):
             while not self._arrivals:
@@ -395,7 +402,7 @@ class ReferenceEngine:
 
     def _busy(self, lane: str, duration: int, key: int) -> Process:
         start = self.clock.now
-        yield self.clock.after(duration, Rank.COMPUTE_DONE)
+        yield self.clock.after(duration, COMPUTE_DONE)
         if duration and self.spans is not None:
             self.spans.append((lane, start, self.clock.now, key))
 
@@ -406,7 +413,7 @@ class ReferenceEngine:
     def _notify(self) -> None:
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            self.clock.fire(waiting, Rank.COMPUTE_DONE)
+            self.clock.fire(waiting, COMPUTE_DONE)
 
     def _on_arrival(self, transfer: Transfer) -> None:
         self._arrivals.append(transfer)
@@ -484,9 +491,9 @@ class ReferenceEngine:
         pending = self.link.queued(key)
         if pending is not None:
             pending.priority, pending.expires = wish.priority, wish.expires
-        elif state == State.RESIDENT:
+        elif state == RESIDENT:
             self.link.hold(key, wish.priority, wish.expires)
-        elif state == State.ABSENT:
+        elif state == ABSENT:
             # Demand comes first in an event's order; 1 << 19 is more than any demand.
             transfer = self.link.transfer(key, phase, (1 << 19) + order, prefetch=True)
             transfer.priority, transfer.expires = wish.priority, wish.expires

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from moesim.types import Phase, Status
 
+HIT, LATE, MISS = map(int, Status)
+
 FATES = ("used", "late", "wasted", "cancelled", "unused_at_end")
 """How a prefetch that was issued can end: a partition."""
 
@@ -27,14 +29,14 @@ class Counts:
     late_bytes: int = 0
     miss_bytes: int = 0
 
-    def judged(self, status: Status, nbytes: int) -> None:
+    def judged(self, status: int, nbytes: int) -> None:
         """One access."""
         self.accesses += 1
         self.access_bytes += nbytes
-        if status == Status.HIT:
+        if status == HIT:
             self.hits += 1
             self.hit_bytes += nbytes
-        elif status == Status.LATE:
+        elif status == LATE:
             self.late_hits += 1
             self.late_bytes += nbytes
         else:
@@ -119,7 +121,8 @@ class RequestTimes:
 class Tally:
     """Everything that an engine counted in a run."""
 
-    phases: dict[Phase, Counts] = field(default_factory=lambda: {p: Counts() for p in Phase})
+    phases: list[Counts] = field(default_factory=lambda: [Counts() for _ in Phase])
+    """By ``Phase``."""
     prefetch: Fates = field(default_factory=Fates)
     times: Times = field(default_factory=Times)
     requests: list[RequestTimes] = field(default_factory=list)
@@ -152,7 +155,7 @@ class Tally:
     def counts(self) -> Counts:
         """Both phases together."""
         total = Counts()
-        for phase in self.phases.values():
+        for phase in self.phases:
             for name in Counts.__slots__:
                 setattr(total, name, getattr(total, name) + getattr(phase, name))
         return total

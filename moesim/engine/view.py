@@ -44,7 +44,7 @@ class View:
     def free_bytes(self, layer: int) -> int:
         """Unreserved bytes of the cache that serves ``layer``."""
         ledger = self._ledger
-        return ledger.free(ledger.cache(layer * ledger.experts))
+        return ledger.free(ledger.cache_of[layer * ledger.experts])
 
     @contextmanager
     def offering(self, candidates: Sequence[ExpertId]) -> Iterator[None]:
