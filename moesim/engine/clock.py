@@ -27,39 +27,24 @@ LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = ma
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 
 
-class Clock:
+class Clock(simpy.Environment):
     """Integer nanoseconds; events at one nanosecond run by ``Rank``, then in order of creation."""
-
-    def __init__(self) -> None:
-        self._env = simpy.Environment(initial_time=0)
 
     @property
     def now(self) -> int:
-        """The time in ns."""
-        return int(self._env.now)
-
-    def start(self, process: Process) -> None:
-        """Run a process beside the others."""
-        self._env.process(process)
+        """The time in ns; whole, as every delay is."""
+        return int(self._now)
 
     def after(self, delay_ns: int, rank: int) -> simpy.Event:
         """An event ``delay_ns`` from now."""
-        event = simpy.Event(self._env)
+        event = simpy.Event(self)
         self.fire(event, rank, delay_ns)
         return event
 
-    def signal(self) -> simpy.Event:
-        """An event without a time; ``fire`` gives it one."""
-        return simpy.Event(self._env)
-
     def fire(self, event: simpy.Event, rank: int, delay_ns: int = 0) -> None:
-        """Let a signal happen."""
+        """Let an event without a time happen."""
         # SimPy's own ``succeed`` and ``timeout`` know two priorities only; the order within a
         # nanosecond needs seven, and the queue sorts by any integer.
         event._ok = True
         event._value = None
-        self._env.schedule(event, rank, delay_ns)  # type: ignore[arg-type]
-
-    def step(self) -> None:
-        """Let the next event happen."""
-        self._env.step()
+        self.schedule(event, rank, delay_ns)  # type: ignore[arg-type]

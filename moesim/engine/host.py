@@ -33,7 +33,7 @@ class Host:
         self._jobs: deque[Job] = deque()
         self._asleep: deque[simpy.Event] = deque()
         for _ in range(workers):
-            clock.start(self._work())
+            clock.process(self._work())
 
     def compute(self, key: int, duration_ns: int) -> None:
         """Run an expert on the host."""
@@ -66,7 +66,7 @@ class Host:
                 self.jobs_waiting -= 1
                 self._job_done(job)
             else:
-                asleep = self.clock.signal()
+                asleep = self.clock.event()
                 self._asleep.append(asleep)
                 yield asleep
 

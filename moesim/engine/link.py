@@ -214,7 +214,7 @@ class Link:
             yield self.clock.after(0, LINK_GRANT)
             transfer = self._next()
             if transfer is None:
-                self._asleep = self.clock.signal()
+                self._asleep = self.clock.event()
                 yield self._asleep
                 continue
             yield from self._send(transfer)

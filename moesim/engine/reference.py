@@ -111,8 +111,8 @@ class ReferenceEngine:
         self._named: dict[int, set[int]] = {}
         self._expert_ns: dict[tuple[int, int, int], int] = {}
         self.policy.begin(world)
-        self.clock.start(self._serve())
-        self.clock.start(self.link.run())
+        self.clock.process(self._serve())
+        self.clock.process(self.link.run())
 
     # ---- feeding ---------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class ReferenceEngine:
                 times.idle += step.until_ns - self.clock.now
                 yield self.clock.after(step.until_ns - self.clock.now, ARRIVAL)
             elif step == STARVED:
-                self._starved = self.clock.signal()
+                self._starved = self.clock.event()
                 yield self._starved
             elif step == DONE:
                 break
@@ -407,7 +407,7 @@ class ReferenceEngine:
             self.spans.append((lane, start, self.clock.now, key))
 
     def _wait(self) -> simpy.Event:
-        self._waiting = self.clock.signal()
+        self._waiting = self.clock.event()
         return self._waiting
 
     def _notify(self) -> None:
