@@ -58,9 +58,8 @@ def print_replay(answer: dict[str, Any]) -> None:
         "GB moved",
     )
     print_table((*columns, "prefetch used/issued", "peak GB"), rows, left=3)
-    for run in ran:
-        if "ladder" in run:
-            _print_ladder(run)
+    for capacity in dict.fromkeys(run["capacity"] for run in ran if "ladder" in run):
+        _print_ladder(capacity, [run for run in ran if run["capacity"] == capacity])
     for note in _notes(ran):
         out.print(note)
     for run in answer["runs"]:
@@ -113,14 +112,20 @@ def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
         yield "expert sizes differ: MIN is a heuristic here, not a bound"
 
 
-def _print_ladder(run: dict[str, Any]) -> None:
+def _print_ladder(capacity: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Each rung's own misses and time, then how many times as long each run took."""
+    rungs = dict.fromkeys(name for run in runs for name in run["ladder"])
     rows = []
-    for name, rung in run["ladder"].items():
-        share = "-" if rung["of_run"] is None else f"{rung['of_run']:.3f}"
-        misses = f"{rung['misses']}" if "misses" in rung else "-"
-        rows.append((name, misses, _ms(rung["time_ns"]), share))
-    title = f"oracle ladder of {run['policy']} at {run['capacity']}"
-    print_table(("rung", "misses", "time", "of this run"), rows, title=title)
+    for name in rungs:
+        known = next(run["ladder"][name] for run in runs if name in run["ladder"])
+        ratios = [_times(run["ladder"].get(name)) for run in runs]
+        rows.append((name, str(known.get("misses", "-")), _ms(known["time_ns"]), *ratios))
+    columns = ("rung", "misses", "time", *(run["policy"] for run in runs))
+    print_table(columns, rows, title=f"oracle ladder at {capacity}: time of each run / of the rung")
+
+
+def _times(rung: dict[str, Any] | None) -> str:
+    return f"{1 / rung['of_run']:.3f}" if rung and rung["of_run"] else "-"
 
 
 def _share(part: int, whole: int) -> str:

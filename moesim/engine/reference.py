@@ -32,6 +32,7 @@ from moesim.engine.view import View
 from moesim.errors import PolicyError, UsageError
 from moesim.ledger import ABSENT, RESIDENT, Ledger
 from moesim.types import (
+    NEVER,
     AnyArray,
     Gate,
     IterationBegin,
@@ -184,6 +185,7 @@ class ReferenceEngine:
     def _step(self, step: Step) -> Process:
         for part in step.parts:
             self._begin(part)
+        stall, misses = self.tally.times.stall, self._misses()
         if self.setup.options.share_kv:
             self._make_room_for_kv(step)
         cut = flat_events if self.setup.options.flat else layer_events
@@ -193,10 +195,16 @@ class ReferenceEngine:
         yield from self._busy("dense", head_ns, -1)
         self.tally.times.dense += head_ns
         for part in step.parts:
+            times = self._times[part.work.index]
+            times.stall_ns += self.tally.times.stall - stall
+            times.misses += self._misses() - misses
             self._end(part)
         self.tally.steps += 1
         if self.setup.options.check:
             self.ledger.audit()
+
+    def _misses(self) -> int:
+        return sum(counts.misses for counts in self.tally.phases)
 
     def _begin(self, part: Part) -> None:
         work, request = part.work, part.work.rows.request
@@ -378,9 +386,9 @@ class ReferenceEngine:
 
     def _barrier(self, layer: int, waiting: int) -> Process:
         """Wait for every arrival; a layer event that overflows its cache must compute sooner."""
+        self._link_blocked = False
         while len(self._arrivals) < waiting and not self._link_blocked:
             yield from self._stalled(layer)
-        self._link_blocked = False
 
     def _stalled(self, layer: int) -> Process:
         start = self.clock.now
@@ -486,11 +494,13 @@ class ReferenceEngine:
         key = self._key(wish.expert, wish.precision)
         if wish.expires <= self.link.event:
             return
-        self._named.setdefault(wish.expires, set()).add(key)
+        if wish.expires < NEVER:
+            self._named.setdefault(wish.expires, set()).add(key)
         state = self.ledger.state[key]
         pending = self.link.queued(key)
         if pending is not None:
             pending.priority, pending.expires = wish.priority, wish.expires
+            pending.cancelled = False
         elif state == RESIDENT:
             self.link.hold(key, wish.priority, wish.expires)
         elif state == ABSENT:

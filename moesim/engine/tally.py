@@ -102,6 +102,7 @@ class RequestTimes:
     end_ns: int = -1
     output_tokens: int = 0
     stall_ns: int = 0
+    """Stall of the steps that it took part in; so are the misses."""
     misses: int = 0
 
     @property
