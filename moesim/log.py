@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.hashing import finalise as mix
+from moesim.hashing import finalise
 
 _PLACE = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1 << 15
@@ -36,7 +36,7 @@ class LogDigest:
         words = np.array(self._pending, np.int64).view(np.uint64)
         place = np.arange(self.words + 1, self.words + 1 + len(words), dtype=np.uint64)
         with np.errstate(over="ignore"):
-            self._sum += mix(words ^ mix(place * _PLACE)).sum(dtype=np.uint64)
+            self._sum += finalise(words + place * _PLACE).sum(dtype=np.uint64)
         self.words += len(words)
         self._pending.clear()
 
@@ -44,5 +44,5 @@ class LogDigest:
         """The digest of everything added so far."""
         self._fold()
         with np.errstate(over="ignore"):
-            closed = mix(np.array([self._sum ^ np.uint64(self.words)], np.uint64))
+            closed = finalise(np.array([self._sum ^ np.uint64(self.words)], np.uint64))
         return f"{int(closed[0]):016x}"

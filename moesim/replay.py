@@ -329,6 +329,7 @@ class _Replay:
             assert run.engine is not None
             run.summary = {
                 "policy": run.spec.name,
+                "set": list(self.request.settings),
                 "capacity": run.capacity.text,
                 "capacity_bytes": sum(run.capacity.capacity_bytes),
                 "scope": run.capacity.scope,
@@ -436,6 +437,7 @@ class _Replay:
             "policy": {"name": spec.name, "seats": spec.manifest()},
             "capacity": {"scope": capacity.scope, "bytes": list(capacity.capacity_bytes)},
             "capacity_as_typed": capacity.text,
+            "set": list(request.settings),
             "model": self.model.to_dict(),
             "costs": request.costs.name if request.costs else None,
             "hardware": request.hardware.to_dict(),

@@ -39,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.func(args)
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moesim"):
+            raise
+        print(
+            f"moesim: error: needs {error.name}; install it, or moesim as a package",
+            file=sys.stderr,
+        )
+        return 2
     except MoesimError as error:
         print(f"moesim: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -47,12 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output left; what it wanted, it has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return 0
     except OSError as error:
+        _silence_stdout()
         where = f"{error.filename}: " if error.filename else ""
         print(f"moesim: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from writing the rest of a broken output at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
