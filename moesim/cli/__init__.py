@@ -55,18 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output left; what it wanted, it has.
-        _silence_stdout()
+        _give_up_stdout()
         return 0
     except OSError as error:
-        _silence_stdout()
+        _give_up_stdout()
         where = f"{error.filename}: " if error.filename else ""
         print(f"moesim: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
 
 
-def _silence_stdout() -> None:
-    """Keep the interpreter from writing the rest of a broken output at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up_stdout() -> None:
+    """Keep the interpreter from writing the rest to a broken output at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:
