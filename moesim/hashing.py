@@ -10,10 +10,9 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def finalise(words: AnyArray) -> AnyArray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), uint64 in and out."""
-    with np.errstate(over="ignore"):
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    """Kernel: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), uint64 in and out."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: AnyArray = words ^ (words >> np.uint64(31))
     return mixed
 

@@ -18,6 +18,14 @@ from moesim.types import ExpertId, Gate, IntArray
 FRESH = 1 << 61
 
 
+def worth(stamps: IntArray, touched: IntArray, step: int, layers: IntArray, layer: int) -> IntArray:
+    """Kernel: the stamp of the last touch; above all stale ones where this pass may need it.
+
+    ``touched``: the step that touched it last; ``layers``: its layer.
+    """
+    return stamps + FRESH * (1 - (touched < step) * (layers < layer))
+
+
 @dataclass
 class LeastStale(LRU):
     """Evicts the least recently touched stale resident, else the least recently touched one."""
@@ -45,6 +53,5 @@ class LeastStale(LRU):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Stale ones below all others."""
-        stale = (self.touched[experts] < self.step) & (experts // self.experts < self.layer)
-        scores: IntArray = self.score[experts] + np.where(stale, 0, FRESH)
-        return scores
+        layers = experts // self.experts
+        return worth(self.score[experts], self.touched[experts], self.step, layers, self.layer)

@@ -19,9 +19,9 @@ SHIFT = 24
 MOST = (1 << 38) - 1
 
 
-def worth(counts: IntArray, last: IntArray, experts: IntArray, event: int) -> IntArray:
-    """Kernel: int64 floor(2**24 * count / age) of each expert."""
-    scores: IntArray = (np.minimum(counts[experts], MOST) << SHIFT) // (event - last[experts] + 1)
+def worth(counts: IntArray, last: IntArray, event: int) -> IntArray:
+    """Kernel: floor(2**24 * count / age)."""
+    scores: IntArray = (np.minimum(counts, MOST) << SHIFT) // (event - last + 1)
     return scores
 
 
@@ -50,4 +50,4 @@ class LFRU(KeepSeat):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Uses / age at ``event``."""
-        return worth(self.counts, self.last, experts, event)
+        return worth(self.counts[experts], self.last[experts], event)

@@ -20,8 +20,12 @@ ONE = PROBABILITY_ONE
 
 def fade(counts: IntArray, factor: int) -> None:
     """Kernel: counts times ``factor``/16384, rounded down, in place."""
-    counts *= factor
-    counts >>= 14
+    counts[:] = (counts * factor) >> 14
+
+
+def worth(counts: IntArray, stamps: IntArray) -> IntArray:
+    """Kernel: the count above the stamp of the last touch."""
+    return (counts << STAMP_BITS) | stamps
 
 
 @dataclass
@@ -55,5 +59,4 @@ class LFUDecay(LRU):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """The count above the stamp of the last touch."""
-        scores: IntArray = (self.counts[experts] << STAMP_BITS) | self.score[experts]
-        return scores
+        return worth(self.counts[experts], self.score[experts])

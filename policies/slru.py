@@ -13,9 +13,40 @@ import numpy as np
 from moesim.errors import UsageError
 from moesim.policies.lru import LRU, touch
 from moesim.policy import World
-from moesim.types import Evicted, Gate, IntArray, Note, Status
+from moesim.types import AnyArray, Evicted, Gate, IntArray, Note, Status
 
 PROTECTED = 1 << 61
+HIT = int(Status.HIT)
+
+
+def worth(stamps: IntArray, protected: IntArray) -> IntArray:
+    """Kernel: the stamp of the last touch, above all of probation where protected (0 or 1)."""
+    return stamps + PROTECTED * protected
+
+
+def promote(protected: IntArray, experts: IntArray, status: AnyArray) -> int:
+    """Kernel: hits become protected; how many were not."""
+    new = 0
+    for i in range(len(experts)):
+        if status[i] == HIT and not protected[experts[i]]:
+            protected[experts[i]] = 1
+            new += 1
+    return new
+
+
+def shed(
+    score: IntArray, protected: IntArray, clock: IntArray, first: int, last: int, excess: int
+) -> None:
+    """Kernel: the ``excess`` least recent protected of experts ``first`` to ``last`` go back to
+    probation, as its most recent."""
+    for _ in range(excess):
+        oldest = -1
+        for expert in range(first, last):
+            if protected[expert] and (oldest < 0 or score[expert] < score[oldest]):
+                oldest = expert
+        protected[oldest] = 0
+        clock[0] += 1
+        score[oldest] = clock[0]
 
 
 @dataclass
@@ -37,35 +68,29 @@ class SLRU(LRU):
         """Everything is on probation."""
         super().begin(world)
         caches = world.layers if world.scope == "layer" else 1
-        self.cache = np.arange(world.size) // (world.size // caches)
-        self.segment = np.zeros(world.size, bool)
-        self.members: list[set[int]] = [set() for _ in range(caches)]
-        self.limit = [int(self.protected * world.slots(c)) for c in range(caches)]
+        self.span = world.size // caches
+        self.segment = np.zeros(world.size, np.int64)
+        self.held = [0] * caches
+        self.limit = [int(self.protected * world.slots(cache)) for cache in range(caches)]
 
     def gate(self, gate: Gate) -> None:
-        """Hits are promoted; all are touched; the protected segments shed what is too much."""
-        for expert in gate.experts[gate.status == Status.HIT].tolist():
-            self.segment[expert] = True
-            self.members[self.cache[expert]].add(expert)
+        """Hits are promoted; all are touched; the protected segment sheds what is too much."""
+        if not len(gate.experts):
+            return
+        cache = int(gate.experts[0]) // self.span
+        held = self.held[cache] + promote(self.segment, gate.experts, gate.status)
         touch(self.score, self.clock, gate.experts)
-        if len(gate.experts):
-            self._shed(int(self.cache[gate.experts[0]]))
-
-    def _shed(self, cache: int) -> None:
-        members = self.members[cache]
-        while len(members) > self.limit[cache]:
-            oldest = min(members, key=lambda e: self.score[e])
-            members.remove(oldest)
-            self.segment[oldest] = False
-            touch(self.score, self.clock, np.array([oldest]))
+        excess = max(0, held - self.limit[cache])
+        first = cache * self.span
+        shed(self.score, self.segment, self.clock, first, first + self.span, excess)
+        self.held[cache] = held - excess
 
     def note(self, fact: Note) -> None:
         """What went starts again on probation."""
-        if isinstance(fact, Evicted):
-            self.segment[fact.expert] = False
-            self.members[self.cache[fact.expert]].discard(fact.expert)
+        if isinstance(fact, Evicted) and self.segment[fact.expert]:
+            self.segment[fact.expert] = 0
+            self.held[fact.expert // self.span] -= 1
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Probation below the protected, each by last touch."""
-        scores: IntArray = self.score[experts] + np.where(self.segment[experts], PROTECTED, 0)
-        return scores
+        return worth(self.score[experts], self.segment[experts])
