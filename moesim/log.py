@@ -43,6 +43,10 @@ class LogDigest:
     def hex(self) -> str:
         """The digest of everything added so far."""
         self._fold()
-        with np.errstate(over="ignore"):
-            closed = finalise(np.array([self._sum ^ np.uint64(self.words)], np.uint64))
+        return self.of(int(self._sum), self.words)
+
+    @staticmethod
+    def of(total: int, words: int) -> str:
+        """The digest of a number of words whose parts add up to ``total`` (modulo 2**64)."""
+        closed = finalise(np.array([(total ^ words) % (1 << 64)], np.uint64))
         return f"{int(closed[0]):016x}"

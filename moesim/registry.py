@@ -28,6 +28,10 @@ from moesim.policy import (
     SeatPolicy,
 )
 
+_PROTOCOL = (
+    "needs", "lossy", "scored", "bypass", "begin", "route", "on", "scores", "victims", "note",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
@@ -51,7 +55,7 @@ class PolicySpec:
             If it cannot be imported, or a parameter is unknown or out of range.
         """
         if self.factory:
-            return cast(Policy, _load(self.factory)())
+            return _policy(self.factory)
         made = {kind: _make(kind, ref, self.parameters[kind]) for kind, ref in self.seats.items()}
         return SeatPolicy(
             cast(PrefetchSeat, made["prefetch"]),
@@ -59,6 +63,12 @@ class PolicySpec:
             cast(MissSeat, made["miss"]),
             cast(RouteSeat, made["route"]),
         )
+
+    @property
+    def foreign(self) -> bool:
+        """Whether any of its code is not moesim's."""
+        refs = [self.factory] if self.factory else self.seats.values()
+        return not all(ref.startswith("moesim.") for ref in refs)
 
     def manifest(self) -> dict[str, Any]:
         """What determines its answers: classes, versions and resolved parameters."""
@@ -208,6 +218,8 @@ def _refuse_double(name: str, group: str, builtin: Mapping[str, object]) -> None
 
 def _load(ref: str) -> Any:
     module, _, name = ref.partition(":")
+    if not module or not name:
+        raise UsageError(f"{ref}: write module:Class")
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
@@ -218,8 +230,25 @@ def _load(ref: str) -> Any:
         raise UsageError(f"{ref}: {module} has no {name}; write module:Class") from None
 
 
+def _call(ref: str, parameters: Mapping[str, object]) -> Any:
+    try:
+        return _load(ref)(**parameters)
+    except TypeError as error:
+        raise PolicyError(f"{ref} cannot be made: {error}") from None
+
+
+def _policy(ref: str) -> Policy:
+    made = _call(ref, {})
+    lacking = [name for name in _PROTOCOL if not hasattr(made, name)]
+    if lacking:
+        raise PolicyError(
+            f"{ref} is no policy: it has no {lacking[0]}; derive it from moesim.policy.PlainPolicy"
+        )
+    return cast(Policy, made)
+
+
 def _make(kind: str, ref: str, parameters: Mapping[str, object]) -> Seat:
-    made = _load(ref)(**parameters)
+    made = _call(ref, parameters)
     if getattr(made, "kind", None) != kind:
         raise PolicyError(f"{ref} is no {kind} seat; derive it from moesim.policy's seat classes")
     return cast(Seat, made)
@@ -230,6 +259,8 @@ def _fields(cls: type) -> list[Any]:
 
 
 def _typed(key: str, text: str, kind: object) -> object:
+    # A type, or its name where the module postpones annotations.
+    kind = getattr(kind, "__name__", kind)
     try:
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]

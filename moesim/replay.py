@@ -7,7 +7,9 @@ turns what they counted into summaries (``moesim/README.md`` defines each number
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from moesim.degrade import Allowed
 from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
-from moesim.errors import NotRunError, TraceError, UsageError
+from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
+from moesim.ledger import LedgerError
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.registry import PolicySpec, resolve
@@ -145,15 +148,17 @@ class _Replay:
         """The configurations that can run, and those that cannot, with the reason."""
         planned, refused = [], []
         for spec in resolve(self.request.policies, self.request.settings):
-            policy = spec.build()
-            inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
+            with _blaming(spec):
+                policy = spec.build()
+                inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
             for capacity in self._capacities():
                 try:
                     self._refuse(spec, policy.needs, inputs)
                 except NotRunError as error:
                     refused.append(_not_run(spec, capacity, str(error)))
                     continue
-                planned.append(self._configure(spec, capacity, inputs))
+                with _blaming(spec):
+                    planned.append(self._configure(spec, capacity, inputs))
         if self.request.ladder and planned:
             planned += self._rungs()
         return planned, refused
@@ -252,13 +257,14 @@ class _Replay:
 
     def _works(self, inputs: Sequence[Inputs]) -> Iterator[list[Work]]:
         """Each request of the trace, prepared once for each kind of input."""
-        columns = _join([i.columns() for i in inputs])
+        # Weights are read where they are, if only so that damaged ones are refused.
+        columns = replace(_join([i.columns() for i in inputs]), weights=True)
         recorded = self.request.arrivals == "recorded"
         with TraceReader(self.request.trace, columns, self.request.batch_rows) as reader:
             for index, rows in enumerate(reader.requests()):
                 if self.request.limit is not None and index >= self.request.limit:
                     return
-                check_request(rows, self.meta)
+                check_request(rows, self.meta, self.request.trace)
                 works = [prepare(index, rows, self.meta, i) for i in inputs]
                 for work in works:
                     work.arrival_ns = work.arrival_ns if recorded else None
@@ -278,15 +284,17 @@ class _Replay:
         for count, works in enumerate(self._works(kinds)):
             for run in runs:
                 assert run.engine is not None
-                run.engine.offer(replace(works[kinds.index(run.inputs)]))
-                run.engine.advance()
+                with _blaming(run.spec):
+                    run.engine.offer(replace(works[kinds.index(run.inputs)]))
+                    run.engine.advance()
             if progress is not None:
                 progress(count + 1, total)
         for run in runs:
             assert run.engine is not None
-            run.engine.close()
-            while not run.engine.advance():
-                pass
+            with _blaming(run.spec):
+                run.engine.close()
+                while not run.engine.advance():
+                    pass
 
     def _steps(self) -> Iterator[Step]:
         return timeless_steps((w[0] for w in self._works([Inputs()])), self._scheduler())
@@ -491,6 +499,25 @@ def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
 def _meta(path: Path) -> TraceMeta:
     with TraceReader(path, Columns.experts_only()) as reader:
         return reader.meta
+
+
+@contextmanager
+def _blaming(spec: PolicySpec) -> Iterator[None]:
+    """Tell which policy broke the protocol; an error in code from outside is its author's."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(f"{spec.name}: {error}") from None
+    except (MoesimError, AssertionError, LedgerError):
+        raise
+    except Exception as error:
+        if not spec.foreign:
+            raise
+        # SimPy raises a copy; where it came from is its cause.
+        last = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+        raise PolicyError(
+            f"{spec.name}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        ) from error
 
 
 def _refuse_empty(meta: TraceMeta, path: Path) -> None:

@@ -79,13 +79,13 @@ class RunStore:
     def finished(self, run_id: str, *, timeline: bool = False) -> dict[str, Any] | None:
         """The summary of a run made before, or None."""
         folder = self.path(run_id)
-        if timeline and not (folder / TIMELINE).exists():
+        whole = (REQUESTS, HOST, TIMELINE) if timeline else (REQUESTS, HOST)
+        if not all((folder / name).is_file() for name in whole):
             return None
         try:
-            summary = json.loads((folder / SUMMARY).read_text())
-        except (OSError, ValueError):
+            return read_run(folder)[1]
+        except UsageError:
             return None
-        return summary if isinstance(summary, dict) else None
 
     def write(
         self,
@@ -105,6 +105,8 @@ class RunStore:
         """
         target = self.path(run_id)
         beside = self.root / f".{run_id}.tmp-{os.getpid()}"
+        # A killed process of the same number may have left one.
+        shutil.rmtree(beside, ignore_errors=True)
         try:
             beside.mkdir()
             (beside / MANIFEST).write_text(_pretty(manifest))
@@ -149,6 +151,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         summary = json.loads((folder / SUMMARY).read_text())
+        if not isinstance(manifest, dict) or not isinstance(summary, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{folder}: not a finished run ({type(error).__name__}); name a folder that "

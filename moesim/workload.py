@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -297,6 +297,10 @@ class Demand(NamedTuple):
     phases: AnyArray
 
 
+Span: TypeAlias = tuple[Part, int, int]
+"""A part and its first and last (excluded) row in a layer."""
+
+
 class Item(NamedTuple):
     """A layer event with its costs' arguments: tokens of the dense part and context they attend."""
 
@@ -308,13 +312,16 @@ class Item(NamedTuple):
 
 def layer_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
     """The layer events of a step, in layer order; ``first_event`` numbers them."""
-    layers = sorted({la for part in step.parts for la in _layers(part)})
-    event = first_event
-    for layer in layers:
-        item = _item(step, layer, event, experts)
-        if item is not None:
-            yield item
-            event += 1
+    for event, (layer, spans) in enumerate(layer_spans(step), first_event):
+        yield _item(step, layer, spans, event, experts)
+
+
+def layer_spans(step: Step) -> Iterator[tuple[int, list[Span]]]:
+    """Each layer that a step runs, with the rows of every part that has tokens there."""
+    for layer in sorted({la for part in step.parts for la in _layers(part)}):
+        spans = [(part, *span) for part in step.parts if (span := _span(part, layer)) is not None]
+        if spans:
+            yield layer, spans
 
 
 def flat_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
@@ -360,35 +367,27 @@ def _layers(part: Part) -> list[int]:
     return work.block_layers[work.passes[part.number] : work.passes[part.number + 1]]
 
 
-def _item(step: Step, layer: int, event: int, experts: int) -> Item | None:
-    """The layer's rows of every part, gathered; None if no part has tokens there."""
+def _item(step: Step, layer: int, spans: list[Span], event: int, experts: int) -> Item:
+    """The layer's rows of every part, gathered."""
     slots: list[Slot] = []
-    spans: list[tuple[Work, int, int]] = []
     total = context = 0
-    for part in step.parts:
-        span = _span(part, layer)
-        if span is None:
-            continue
-        first, last = span
-        work = part.work
-        phase = work.phase(part.number)
-        iteration = int(work.rows.iteration[first])
-        slots.append(Slot(work.rows.request, iteration, phase, total, last - first))
-        spans.append((work, first, last))
+    for part, first, last in spans:
+        rows = part.work.rows
+        iteration, phase = int(rows.iteration[first]), part.work.phase(part.number)
+        slots.append(Slot(rows.request, iteration, phase, total, last - first))
         total += last - first
-        context += int(work.rows.position[last - 1]) + 1
-    if not slots:
-        return None
+        context += int(rows.position[last - 1]) + 1
+    pieces = [(part.work, first, last) for part, first, last in spans]
     source = LayerEvent(
         event=event,
         step=step.number,
         layer=layer,
         slots=tuple(slots),
-        token_experts=_gather([w.rows.experts[a:b] for w, a, b in spans]),
-        weights=_gather_optional([_cut(w.weights, a, b) for w, a, b in spans]),
-        gate=_gather_optional([_cut(w.gate, a, b) for w, a, b in spans]),
-        ahead={d: _gather([w.ahead[d][a:b] for w, a, b in spans]) for d in spans[0][0].ahead},
-        norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in spans]),
+        token_experts=_gather([w.rows.experts[a:b] for w, a, b in pieces]),
+        weights=_gather_optional([_cut(w.weights, a, b) for w, a, b in pieces]),
+        gate=_gather_optional([_cut(w.gate, a, b) for w, a, b in pieces]),
+        ahead={d: _gather([w.ahead[d][a:b] for w, a, b in pieces]) for d in pieces[0][0].ahead},
+        norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in pieces]),
     )
     return Item(source, union(source, experts), total + step.padding, context)
 
@@ -408,6 +407,12 @@ def _span(part: Part, layer: int) -> tuple[int, int] | None:
     if high - low < work.tokens(part.number):
         return (low, high) if part.ends else None
     return low + part.first, low + part.last
+
+
+def context_tokens(part: Part) -> int:
+    """Tokens in the KV cache of a request during its part of a step."""
+    work = part.work
+    return int(work.rows.position[work.blocks[work.passes[part.number + 1]] - 1]) + 1
 
 
 def _cut(values: AnyArray | None, first: int, last: int) -> AnyArray | None:
@@ -515,6 +520,11 @@ class KnownFuture:
     def demand(self, event: int) -> IntArray:
         """Expert ids that a layer event demands, in demand order."""
         return self._ids[self._offsets[event] : self._offsets[event + 1]].astype(np.int64)
+
+    @property
+    def table(self) -> tuple[IntArray, AnyArray, IntArray]:
+        """All of it at once: where each event's demand begins (and the end), ids, next uses."""
+        return self._offsets, self._ids, self._next
 
     def next_use(self, event: int) -> IntArray:
         """For each expert of ``demand(event)``: the next layer event that demands it, or NEVER."""

@@ -20,7 +20,8 @@ ONE = PROBABILITY_ONE
 
 def fade(counts: IntArray, factor: int) -> None:
     """Kernel: counts times ``factor``/16384, rounded down, in place."""
-    counts[:] = (counts * factor) >> 14
+    for i in range(len(counts)):
+        counts[i] = (counts[i] * factor) >> 14
 
 
 def worth(counts: IntArray, stamps: IntArray) -> IntArray:

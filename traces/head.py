@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import UsageError
+from moesim.traces.check import check_request
 from moesim.traces.reader import RequestRows, TraceReader
 from moesim.traces.schema import PREFILL, TraceMeta
 from moesim.traces.writer import TraceWriter
@@ -39,11 +40,13 @@ def head(
     with TraceReader(source) as reader:
         first = f"the first {tokens} tokens" if tokens else f"the first {requests} requests"
         meta = replace(reader.meta, notes=(*reader.meta.notes, first))
-        with TraceWriter(target, meta) as writer:
+        # What is wrong is wrong in the source, so it is checked there, by its name.
+        with TraceWriter(target, meta, check=False) as writer:
             left, wanted = tokens or 0, requests
             for index, rows in enumerate(reader.requests()):
                 if index == wanted:
                     break
+                check_request(rows, meta, source)
                 if tokens is not None:
                     cut = first_tokens(rows, meta, left)
                     if cut is None:

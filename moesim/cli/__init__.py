@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from moesim import __version__
 from moesim.errors import MoesimError
@@ -18,9 +19,17 @@ from moesim.errors import MoesimError
 COMMANDS = ("replay", "trace", "policies", "profiles", "diff")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as everything else does; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with code 2."""
+        self.exit(2, f"moesim: error: {message}; see `{self.prog} --help`\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="moesim",
         description="Replay recorded Mixture-of-Experts routing under expert-offloading policies.",
         epilog="example: moesim replay --trace demo --policy lru,lfu --capacity 25%%",
@@ -34,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         code: int = args.func(args)
         sys.stdout.flush()
         return code
@@ -43,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("moesim"):
             raise
         print(
-            f"moesim: error: needs {error.name}; install it, or moesim as a package",
+            f"moesim: error: needs {error.name}, which is not installed; `pip install .` in the "
+            "checkout installs all that the simulator needs",
             file=sys.stderr,
         )
         return 2

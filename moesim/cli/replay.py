@@ -72,7 +72,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="a stand-in for what the trace lacks: gate=topk, embedding=none, norms=unit, "
         "ahead=recall:0.8@SEED",
     )
-    group.add_argument("--seed", type=int, default=0, help="of every random choice [0]")
+    group.add_argument("--seed", type=_seed, default=0, help="of every random choice [0]")
     group.add_argument(
         "--calibration", type=Path, metavar="TRACE", help="trace that static sets are fitted on"
     )
@@ -244,6 +244,16 @@ def _words(given: list[str] | None, default: str) -> tuple[str, ...]:
     """Repeated options and commas, in order, each once."""
     words = [w.strip() for text in given or [default] for w in text.split(",")]
     return tuple(dict.fromkeys(w for w in words if w)) or (default,)
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2**63 - 1")
+    return value
 
 
 def _positive(text: str) -> int:

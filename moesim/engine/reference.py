@@ -29,7 +29,7 @@ from moesim.engine.link import Link, Transfer
 from moesim.engine.setup import Setup
 from moesim.engine.tally import RequestTimes, Tally
 from moesim.engine.view import View
-from moesim.errors import PolicyError, UsageError
+from moesim.errors import PolicyError
 from moesim.ledger import ABSENT, RESIDENT, Ledger
 from moesim.types import (
     NEVER,
@@ -57,6 +57,7 @@ from moesim.workload import (
     Part,
     Step,
     Work,
+    context_tokens,
     flat_events,
     layer_events,
     union,
@@ -241,17 +242,11 @@ class ReferenceEngine:
 
     def _make_room_for_kv(self, step: Step) -> None:
         """Capacity is what the KV cache leaves; shared between layers in equal parts."""
-        context = sum(_context(part) for part in step.parts)
+        context = sum(context_tokens(part) for part in step.parts)
         taken = context * self.setup.kv_bytes_per_token
         whole = self.setup.world.capacity_bytes
         left = [max(0, c - taken // len(whole)) for c in whole]
-        for cache, nbytes in enumerate(left):
-            layer = cache if len(left) > 1 else 0
-            if nbytes < self.ledger.bytes_of[layer * self.setup.world.experts]:
-                raise UsageError(
-                    f"--kv share: {context} tokens of KV cache leave {nbytes} bytes for experts, "
-                    "less than one; give more --capacity or fewer requests at once"
-                )
+        self.setup.refuse_crowded(context, left)
         self.link.shrink(left)
 
     # ---- a layer event ---------------------------------------------------------------------------
@@ -514,29 +509,7 @@ class ReferenceEngine:
 
     def _audit(self) -> None:
         """Laws I1, I2, I3, I4 and I11 at the end of a run (``tests/README.md``)."""
-        tally, total = self.tally, self.tally.counts()
         self.ledger.audit()
-        prefetch = tally.prefetch
-        laws = {
-            "I1: accesses": total.accesses == total.hits + total.late_hits + total.misses,
-            "I1: misses": total.misses == sum(tally.served.values()),
-            "I2: bytes": total.bytes_loaded + tally.initial_bytes
-            == tally.evicted_bytes
-            + tally.resident_bytes
-            + tally.cancelled_bytes
-            + tally.in_flight_bytes,
-            "prefetch partition": prefetch.issued == sum(prefetch.count.values()),
-            "prefetch plan": prefetch.planned
-            == prefetch.issued + prefetch.overtaken + prefetch.dropped,
-            "I11: time": tally.times.total() == self.clock.now,
-        }
-        broken = [name for name, holds in laws.items() if not holds]
+        broken = self.tally.broken_laws(self.clock.now)
         if broken:
-            raise AssertionError(f"the run broke {', '.join(broken)}: {tally}")
-
-
-def _context(part: Part) -> int:
-    """Tokens in the KV cache of a request during its part of a step."""
-    rows = part.work.rows
-    last = part.work.passes[part.number + 1]
-    return int(rows.position[part.work.blocks[last] - 1]) + 1
+            raise AssertionError(f"the run broke {', '.join(broken)}: {self.tally}")

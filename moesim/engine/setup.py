@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim.costs import Costs
+from moesim.errors import UsageError
 from moesim.policy import Policy, World
 from moesim.types import ExpertId
 from moesim.workload import Scheduler
@@ -50,3 +51,14 @@ class Setup:
     initial: Sequence[ExpertId] = ()
     initial_charged: bool = True
     kv_bytes_per_token: int = 0
+
+    def refuse_crowded(self, context_tokens: int, left_bytes: Sequence[int]) -> None:
+        """UsageError where the KV cache leaves a cache less than one expert."""
+        for cache, nbytes in enumerate(left_bytes):
+            layers = self.world.expert_bytes[0]
+            largest = int(layers[cache] if len(left_bytes) > 1 else layers.max())
+            if nbytes < largest:
+                raise UsageError(
+                    f"--kv share: {context_tokens} tokens of KV cache leave {nbytes} bytes for "
+                    "experts, less than one; give more --capacity or fewer requests at once"
+                )

@@ -153,6 +153,24 @@ class Tally:
     log_digest: str = ""
     decision_digest: str = ""
 
+    def broken_laws(self, now_ns: int) -> list[str]:
+        """Which of the laws that hold at the end of a run do not (``tests/README.md``)."""
+        total, prefetch = self.counts(), self.prefetch
+        laws = {
+            "I1: accesses": total.accesses == total.hits + total.late_hits + total.misses,
+            "I1: misses": total.misses == sum(self.served.values()),
+            "I2: bytes": total.bytes_loaded + self.initial_bytes
+            == self.evicted_bytes
+            + self.resident_bytes
+            + self.cancelled_bytes
+            + self.in_flight_bytes,
+            "prefetch partition": prefetch.issued == sum(prefetch.count.values()),
+            "prefetch plan": prefetch.planned
+            == prefetch.issued + prefetch.overtaken + prefetch.dropped,
+            "I11: time": self.times.total() == now_ns,
+        }
+        return [name for name, holds in laws.items() if not holds]
+
     def counts(self) -> Counts:
         """Both phases together."""
         total = Counts()

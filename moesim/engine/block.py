@@ -1,0 +1,236 @@
+"""A block of steps as arrays: what the compiled core reads of the workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from moesim.costs import Costs
+from moesim.engine.fields import D, E, T
+from moesim.types import DROPPED, AnyArray, IntArray
+from moesim.workload import KnownFuture, Part, Step, Work, layer_spans
+
+Piece = tuple[Work, int, int]
+"""Rows ``first`` to ``last`` of a request."""
+
+
+@dataclass(slots=True)
+class Block:
+    """``events`` [n, len(E)], ``demand`` [accesses, len(D.STATUS)], ``steps`` [m, len(T)]."""
+
+    events: IntArray
+    demand: IntArray
+    steps: IntArray
+    said: IntArray
+    """Predictions, local ids; ``events`` says which are whose."""
+
+
+class BlockMaker:
+    """Turns steps into blocks; remembers costs that it has looked up."""
+
+    def __init__(
+        self, costs: Costs, experts: int, *, flat: bool, distance: int, width: int, cpu: bool
+    ) -> None:
+        self._costs = costs
+        self._experts = experts
+        self._flat = flat
+        self._distance = distance
+        self._width = width
+        self._cpu = cpu
+        self._dense: dict[int, int] = {}
+        self._expert: dict[int, int] = {}
+        self._cpu_expert: dict[int, int] = {}
+        self._accesses = 0
+
+    def make(self, steps: Sequence[Step], future: KnownFuture | None, kv: Sequence[int]) -> Block:
+        """The block of these steps. ``kv``: bytes that the KV cache takes of each cache, or -1."""
+        rows = _Rows(steps)
+        experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
+        phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
+        starts = np.array([*rows.starts, len(experts)], np.int64)
+        ids, tokens, phase, ends = _unite(experts, starts, phases, self._experts)
+        layers = np.array(rows.layers, np.int64)
+        events = np.zeros((len(layers), len(E)), np.int64)
+        events[:, E.LAYER] = layers
+        events[:, E.STEP] = rows.numbers
+        events[:, E.PHASE] = phases[starts[:-1]]
+        events[:, E.DENSE_NS] = self._dense_ns(rows)
+        events[:, E.FIRST] = ends[:-1]
+        events[:, E.COUNT] = np.diff(ends)
+        of_event = np.repeat(np.arange(len(layers)), events[:, E.COUNT])
+        demand = np.zeros((len(ids), D.STATUS), np.int64)
+        demand[:, D.EXPERT] = ids + layers[of_event] * self._experts
+        demand[:, D.TOKENS] = tokens
+        demand[:, D.PHASE] = phase
+        said = self._predictions(rows, starts, events)
+        counts = np.array(rows.counts, np.int64)
+        if self._flat:
+            events, demand, counts = _flatten(
+                events, experts, phases, starts, counts, self._experts
+            )
+        self._add_costs(events, demand)
+        if future is not None:
+            _, _, following = future.table
+            last = self._accesses + len(demand)
+            demand[:, D.NEXT_USE] = following[self._accesses : last]
+        self._accesses += len(demand)
+        return Block(events, demand, self._steps(steps, counts, kv), said)
+
+    def _dense_ns(self, rows: _Rows) -> list[int]:
+        found = []
+        for tokens, context, layer in zip(rows.tokens, rows.contexts, rows.layers, strict=True):
+            key = (tokens << 44) | (context << 12) | layer
+            cost = self._dense.get(key)
+            if cost is None:
+                cost = self._dense[key] = self._costs.dense_ns(tokens, context, layer)
+            found.append(cost)
+        return found
+
+    def _add_costs(self, events: IntArray, demand: IntArray) -> None:
+        layer = demand[:, D.EXPERT] // self._experts
+        packed = (demand[:, D.TOKENS] << 12) | layer
+        kinds, which = np.unique(packed, return_inverse=True)
+        pairs = [(int(kind) >> 12, int(kind) & 4095) for kind in kinds]
+        ns = np.array([self._costs.expert_ns(*pair) for pair in pairs], np.int64)
+        demand[:, D.NS] = ns[which]
+        if self._cpu:
+            ns = np.array([self._costs.cpu_expert_ns(*pair) for pair in pairs], np.int64)
+            demand[:, D.CPU_NS] = ns[which]
+
+    def _predictions(self, rows: _Rows, starts: IntArray, events: IntArray) -> IntArray:
+        """Each event's predictions, once each, in order of first mention."""
+        if not self._distance:
+            return np.zeros(1, np.int64)
+        ahead = _gather([w.ahead[self._distance][a:b] for w, a, b in rows.pieces])
+        ahead = ahead[:, : self._width] if self._width else ahead
+        none = np.zeros(len(ahead), np.uint8)
+        ids, _, _, ends = _unite(np.ascontiguousarray(ahead), starts, none, self._experts)
+        events[:, E.PLAN] = ends[:-1]
+        events[:, E.PLANS] = np.diff(ends)
+        return np.append(ids, 0)
+
+    def _steps(self, steps: Sequence[Step], counts: IntArray, kv: Sequence[int]) -> IntArray:
+        table = np.zeros((len(steps), len(T)), np.int64)
+        table[:, T.LAST] = np.cumsum(counts)
+        table[:, T.FIRST] = table[:, T.LAST] - counts
+        table[:, T.HEAD_NS] = [self._head_ns(step) for step in steps]
+        table[:, T.KV_BYTES] = kv
+        return table
+
+    def _head_ns(self, step: Step) -> int:
+        return self._costs.head_ns(sum(part.ends for part in step.parts))
+
+
+class _Rows:
+    """The rows of a block, event by event, as pieces of requests."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.pieces: list[Piece] = []
+        self.starts: list[int] = []
+        self.layers: list[int] = []
+        self.tokens: list[int] = []
+        self.contexts: list[int] = []
+        self.numbers: list[int] = []
+        self.counts: list[int] = []
+        self._length = 0
+        for step in steps:
+            before = len(self.layers)
+            if len(step.parts) == 1 and step.parts[0].begins and step.parts[0].ends:
+                self._whole(step, step.parts[0])
+            else:
+                self._gathered(step)
+            self.counts.append(len(self.layers) - before)
+            self.numbers += [step.number] * self.counts[-1]
+
+    def _whole(self, step: Step, part: Part) -> None:
+        """A forward pass of one request: its rows are already in event order."""
+        work = part.work
+        first, last = work.passes[part.number], work.passes[part.number + 1]
+        begin, end = work.blocks[first], work.blocks[last]
+        position = work.rows.position
+        for block in range(first, last):
+            low, high = work.blocks[block], work.blocks[block + 1]
+            self.starts.append(self._length + low - begin)
+            self.tokens.append(high - low + step.padding)
+            self.contexts.append(int(position[high - 1]) + 1)
+        self.layers += work.block_layers[first:last]
+        self._add(work, begin, end)
+
+    def _gathered(self, step: Step) -> None:
+        for layer, spans in layer_spans(step):
+            self.starts.append(self._length)
+            self.layers.append(layer)
+            self.tokens.append(sum(b - a for _, a, b in spans) + step.padding)
+            self.contexts.append(sum(int(p.work.rows.position[b - 1]) + 1 for p, _, b in spans))
+            for part, first, last in spans:
+                self._add(part.work, first, last)
+
+    def _add(self, work: Work, first: int, last: int) -> None:
+        self._length += last - first
+        if self.pieces and self.pieces[-1][0] is work and self.pieces[-1][2] == first:
+            self.pieces[-1] = (work, self.pieces[-1][1], last)
+        else:
+            self.pieces.append((work, first, last))
+
+
+def _gather(pieces: list[AnyArray]) -> AnyArray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@njit
+def _unite(experts: Any, starts: Any, phases: Any, size: int) -> Any:
+    """``workload.union`` of each event: local ids, tokens, phases, and where each event begins."""
+    rows, k = experts.shape
+    ids = np.empty(rows * k, np.int64)
+    tokens = np.empty(rows * k, np.int64)
+    phase = np.empty(rows * k, np.int64)
+    ends = np.zeros(len(starts), np.int64)
+    where = np.full(size, -1, np.int64)
+    n = 0
+    for event in range(len(starts) - 1):
+        first = n
+        for row in range(starts[event], starts[event + 1]):
+            for rank in range(k):
+                expert = np.int64(experts[row, rank])
+                if expert == DROPPED:
+                    continue
+                if where[expert] >= first:
+                    tokens[where[expert]] += 1
+                    continue
+                where[expert] = n
+                ids[n] = expert
+                tokens[n] = 1
+                phase[n] = phases[row]
+                n += 1
+        ends[event + 1] = n
+    return ids[:n], tokens[:n], phase[:n], ends
+
+
+def _flatten(
+    events: IntArray,
+    experts: AnyArray,
+    phases: AnyArray,
+    starts: IntArray,
+    counts: IntArray,
+    size: int,
+) -> tuple[IntArray, IntArray, IntArray]:
+    """``workload.flat_events``: every access an event of its own."""
+    kept = np.flatnonzero(experts.reshape(-1) != DROPPED)
+    row = kept // experts.shape[1]
+    of_event = np.searchsorted(starts, row, side="right") - 1
+    flat = events[of_event]
+    first = np.concatenate(([True], of_event[1:] != of_event[:-1])) if len(kept) else kept > 0
+    flat[~first, E.DENSE_NS] = -1
+    flat[:, E.PHASE] = phases[row]
+    flat[:, E.FIRST] = np.arange(len(kept))
+    flat[:, E.COUNT] = 1
+    demand = np.zeros((len(kept), D.STATUS), np.int64)
+    demand[:, D.EXPERT] = experts.reshape(-1)[kept] + flat[:, E.LAYER] * size
+    demand[:, D.TOKENS] = 1
+    demand[:, D.PHASE] = phases[row]
+    steps = np.repeat(np.arange(len(counts)), counts)
+    return flat, demand, np.bincount(steps[of_event], minlength=len(counts))

@@ -1,0 +1,308 @@
+"""Where the compiled engine keeps what: names of rows and columns of its integer arrays.
+
+Everything is int64. One array holds the scalars, one the facts of each key, one the seats' state of
+each expert, one those of each cache; the others are queues and the block of the workload under way.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, auto
+
+
+class _Rows(IntEnum):
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[int]) -> int:
+        return count
+
+
+class S(_Rows):
+    """Scalars."""
+
+    NOW = auto()
+    SEQ = auto()
+    """Creation order of pending events."""
+    EVENT = auto()
+    STEP = auto()
+    """Row of the step under way in the block."""
+    ROW = auto()
+    """Row of the layer event under way in the block."""
+    # The compute lane: its pending event (time, rank, order) and what it is.
+    C_TIME = auto()
+    C_RANK = auto()
+    C_SEQ = auto()
+    C_DOES = auto()
+    C_SPAN = auto()
+    """When it began waiting or computing."""
+    C_KEY = auto()
+    NEXT_HIT = auto()
+    COMPUTED = auto()
+    WAITING = auto()
+    """Experts that will arrive for the layer event."""
+    CPU_RUNNING = auto()
+    BLOCKED = auto()
+    # The link.
+    L_TIME = auto()
+    L_RANK = auto()
+    L_SEQ = auto()
+    L_KEY = auto()
+    L_LAST = auto()
+    """Chunks that will have moved when it ends."""
+    L_SPAN = auto()
+    STAGED = auto()
+    TSEQ = auto()
+    """Transfers made so far."""
+    D_HEAD = auto()
+    D_TAIL = auto()
+    P_COUNT = auto()
+    A_HEAD = auto()
+    A_TAIL = auto()
+    R_COUNT = auto()
+    N_DEMAND = auto()
+    # Host workers.
+    H_HEAD = auto()
+    H_TAIL = auto()
+    ASLEEP_HEAD = auto()
+    ASLEEP_TAIL = auto()
+    # The seats' clock, the layer event's facts, the plan under way.
+    CLOCK = auto()
+    PHASE = auto()
+    N_CANCEL = auto()
+    N_PLAN = auto()
+    N_SPANS = auto()
+    GATE_STEP = auto()
+    GATE_LAYER = auto()
+    # Logs.
+    LOG_WORDS = auto()
+    LOG_SUM = auto()
+    CHOICE_WORDS = auto()
+    CHOICE_SUM = auto()
+    # Books.
+    HELD = auto()
+    PEAK = auto()
+    # Counts.
+    PLANNED = auto()
+    OVERTAKEN = auto()
+    DROPPED = auto()
+    ISSUED = auto()
+    USED = auto()
+    LATE = auto()
+    WASTED = auto()
+    CANCELLED = auto()
+    UNUSED_AT_END = auto()
+    USED_BYTES = auto()
+    LATE_BYTES = auto()
+    WASTED_BYTES = auto()
+    CANCELLED_BYTES = auto()
+    UNUSED_AT_END_BYTES = auto()
+    POLLUTING = auto()
+    EVICTIONS = auto()
+    EVICTED_BYTES = auto()
+    LINK_BUSY = auto()
+    MOVED_OF_CANCELLED = auto()
+    IN_FLIGHT_BYTES = auto()
+    PREDICTED = auto()
+    NAMED = auto()
+    LARGEST_UNION = auto()
+    OVERFLOWS = auto()
+    SERVED_FETCH = auto()
+    SERVED_CPU = auto()
+    SERVED_SKIP = auto()
+    # Times.
+    T_DENSE = auto()
+    T_EXPERTS = auto()
+    T_SYNC = auto()
+    T_PLAN = auto()
+    T_STALL = auto()
+    T_CPU = auto()
+    T_IDLE = auto()
+
+
+class O(_Rows):  # noqa: E742
+    """Options and shapes: constant in a run."""
+
+    LAYERS = auto()
+    EXPERTS = auto()
+    SIZE = auto()
+    CACHES = auto()
+    PER_LAYER = auto()
+    KEEP = auto()
+    PREFETCH = auto()
+    MISS = auto()
+    BYPASS = auto()
+    BARRIER = auto()
+    STAGING = auto()
+    SYNC = auto()
+    PLAN = auto()
+    DISTANCE = auto()
+    CANCEL = auto()
+    DECODE_FROM = auto()
+    FACTOR = auto()
+    SEED = auto()
+    CHUNK = auto()
+    WORKERS = auto()
+    SPANS = auto()
+    ONE_VICTIM = auto()
+    """A load evicts one copy at most."""
+
+
+class K(_Rows):
+    """Facts of a key: of its copy, and of the load under way or the last one."""
+
+    STATE = auto()
+    CACHE = auto()
+    BYTES = auto()
+    COPY = auto()
+    PLACE = auto()
+    CURVE = auto()
+    PINNED = auto()
+    MEMBER = auto()
+    """The layer event that demanded it last."""
+    ROW = auto()
+    """Its row in that event's demand."""
+    AT = auto()
+    """Its place among its cache's residents."""
+    PHASE = auto()
+    ASKED = auto()
+    ORDER = auto()
+    TSEQ = auto()
+    PRIORITY = auto()
+    EXPIRES = auto()
+    REPLACES = auto()
+    SENT = auto()
+    IS_PREFETCH = auto()
+    IS_STAGED = auto()
+    IS_DEMANDED = auto()
+    IS_CANCELLED = auto()
+    IS_ISSUED = auto()
+    PENDING = auto()
+    """In the prefetch lane."""
+    UNUSED = auto()
+    HELD = auto()
+    HOLD_PRIORITY = auto()
+    HOLD_EXPIRES = auto()
+    BLAMED = auto()
+    """The prefetch that evicted it, or -1."""
+    BLAMED_SEQ = auto()
+    VICTIM = auto()
+    """What its load evicted last, or -1."""
+    NAMED = auto()
+    CPU_NS = auto()
+
+
+class X(_Rows):
+    """The seats' state of an expert."""
+
+    SCORE = auto()
+    COUNT = auto()
+    LAST = auto()
+    SEGMENT = auto()
+
+
+class C(_Rows):
+    """Facts of a cache."""
+
+    CAPACITY = auto()
+    WHOLE = auto()
+    """Its capacity without a KV cache."""
+    USED = auto()
+    RESIDENTS = auto()
+    FIRST = auto()
+    """Its first place in the array of residents."""
+    PROTECTED = auto()
+    LIMIT = auto()
+
+
+class D(_Rows):
+    """Columns of the demand of the layer event under way, and of a block's demand."""
+
+    EXPERT = auto()
+    TOKENS = auto()
+    PHASE = auto()
+    NS = auto()
+    CPU_NS = auto()
+    NEXT_USE = auto()
+    STATUS = auto()
+    SERVE = auto()
+
+
+class E(_Rows):
+    """Columns of a block's layer events."""
+
+    LAYER = auto()
+    DENSE_NS = auto()
+    """-1: no dense part (an access of flat mode)."""
+    FIRST = auto()
+    COUNT = auto()
+    PHASE = auto()
+    PLAN = auto()
+    """First row of the predictions read at its gate."""
+    PLANS = auto()
+    STEP = auto()
+    """Number of its step in the run."""
+
+
+class T(_Rows):
+    """Columns of a block's steps."""
+
+    FIRST = auto()
+    LAST = auto()
+    HEAD_NS = auto()
+    BEGIN_NS = auto()
+    END_NS = auto()
+    STALL_NS = auto()
+    MISSES = auto()
+    KV_BYTES = auto()
+    """What the KV cache takes of each cache; -1: nothing."""
+
+
+class W(_Rows):
+    """Facts of a host worker."""
+
+    TIME = auto()
+    RANK = auto()
+    SEQ = auto()
+    KEY = auto()
+    SPAN = auto()
+
+
+class Keep(IntEnum):
+    """Keep seats."""
+
+    LRU = 0
+    FIFO = 1
+    LFU = 2
+    LFU_INCACHE = 3
+    LFU_DECAY = 4
+    LFRU = 5
+    LEAST_STALE = 6
+    SLRU = 7
+    RANDOM = 8
+    FIXED = 9
+    MIN = 10
+
+
+class Wish(IntEnum):
+    """Prefetch seats."""
+
+    NONE = 0
+    PREVIOUS = 1
+    AHEAD = 2
+    HOT = 3
+    FUTURE = 4
+    WHOLE = 5
+
+
+class Does(IntEnum):
+    """What the compute lane's pending event is."""
+
+    STEP = 0
+    DENSE = 1
+    GATE = 2
+    PLANNED = 3
+    BARRIER = 4
+    HIT = 5
+    ARRIVAL = 6
+    STALLED = 7
+    CPU = 8
+    HEAD = 9
+    IDLE = 10

@@ -1,0 +1,1402 @@
+"""The fast engine's compiled core: the reference engine's rules on integer arrays.
+
+It is a state machine of three kinds of actor, the compute lane, the link and the host workers, each
+with at most one pending event; the earliest by (time, rank, order of creation) happens next, as in
+``moesim.engine.clock``. It stops, and can be entered again, where it needs the next steps of the
+workload or an answer of a policy in plain Python.
+
+``moesim.engine.fast`` fills the arrays, ``moesim.engine.fields`` names their rows. Each function
+names the part of the reference that it mirrors. Seats' arithmetic is that of ``moesim.policies``:
+the same functions, compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moesim import hashing, log
+from moesim.engine import clock
+from moesim.engine.compiled import entry, kernel
+from moesim.engine.fields import C, D, Does, E, K, Keep, O, S, T, W, Wish, X
+from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru
+from moesim.types import NEVER, Serve, State, Status
+
+A = Any
+"""An int64 array; numba infers the rest."""
+
+
+class M(NamedTuple):
+    """The machine: every array of a run. ``fields`` names the rows of the first ones."""
+
+    s: A
+    """Scalars [S]."""
+    o: A
+    """Options and shapes [O]."""
+    k: A
+    """Facts of keys [K, keys]."""
+    x: A
+    """The seats' state of experts [X, experts]."""
+    c: A
+    """Facts of caches [C, caches]."""
+    w: A
+    """Host workers [W, workers]."""
+    cur: A
+    """Demand of the layer event under way [D, E]."""
+    res: A
+    """Residents, cache after cache."""
+    ends: A
+    """Ends of chunks, by kind of copy [kinds, chunks]."""
+    sizes: A
+    """How many chunks a kind has [kinds]."""
+    loads: A
+    """Time of a load, by layer [layers]."""
+    dq: A
+    """Ring: demand that waits for the link, or is on it."""
+    pq: A
+    """The prefetch lane, most urgent first."""
+    aq: A
+    """Ring: demanded copies that arrived and have not computed."""
+    rl: A
+    """Members that have computed, oldest first."""
+    hq: A
+    """Ring: experts that wait for a host worker."""
+    asleep: A
+    """Ring: workers without work."""
+    vic: A
+    """Scratch: victims."""
+    full: A
+    """Scratch: places without room."""
+    named: A
+    """Ring by layer event: (event, count, keys that plans named for it)."""
+    one: A
+    """Scratch [1]."""
+    pl: A
+    """The plan: cancelled keys, then (key, expiry, priority)."""
+    seen: A
+    """Last demand of each layer, its length first [layers, 1 + E]."""
+    hot: A
+    """Hottest experts of each layer."""
+    f_ptr: A
+    f_ids: A
+    """The demand of the whole run."""
+    counts: A
+    """``tally.Counts`` by phase."""
+    stalls: A
+    """Stall by layer."""
+    spans: A
+    """What the lanes did: (lane, start, end, key)."""
+    ev: A
+    """The block's layer events [events, E]."""
+    dem: A
+    """The block's demand [accesses, D]."""
+    said: A
+    """The block's predictions."""
+    st: A
+    """The block's steps [steps, T]."""
+
+
+FAR = NEVER
+ABSENT, QUEUED, IN_FLIGHT, RESIDENT = (int(s) for s in State)
+HIT, LATE, MISS = (int(s) for s in Status)
+FETCH, CPU, SKIP = (int(s) for s in Serve)
+LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = range(7)
+assert tuple(clock.Rank) == tuple(range(7))
+AFTER_DEMAND = 1 << 19
+"""Order of an event's first prefetch: behind any demand."""
+PLACE: A = np.uint64(0x9E3779B97F4A7C15)
+
+# Lanes of a timeline, in the order of ``moesim.timeline.LANES``.
+DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB = range(7)
+
+_touch = kernel(lru.touch)
+_count = kernel(lfu.count)
+_stamp = kernel(lfu.stamp)
+_fade = kernel(lfu_decay.fade)
+_decayed = kernel(lfu_decay.worth)
+_lfru = kernel(lfru.worth)
+_stale = kernel(least_stale.worth)
+_slru = kernel(slru.worth)
+_promote = kernel(slru.promote)
+_shed = kernel(slru.shed)
+_finalise = kernel(hashing.finalise)
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+@kernel
+def word(m: M, value: int) -> None:
+    """``LogDigest.add`` of one word to the log."""
+    m.s[S.LOG_WORDS] += 1
+    part = _finalise(np.uint64(value) + np.uint64(m.s[S.LOG_WORDS]) * PLACE)
+    m.s[S.LOG_SUM] = np.int64(np.uint64(m.s[S.LOG_SUM]) + part)
+
+
+@kernel
+def choice(m: M, value: int) -> None:
+    """``LogDigest.add`` of one word to the decisions."""
+    m.s[S.CHOICE_WORDS] += 1
+    part = _finalise(np.uint64(value) + np.uint64(m.s[S.CHOICE_WORDS]) * PLACE)
+    m.s[S.CHOICE_SUM] = np.int64(np.uint64(m.s[S.CHOICE_SUM]) + part)
+
+
+@kernel
+def record(m: M, kind: int, key: int) -> None:
+    """A record of (kind, time, key)."""
+    word(m, kind)
+    word(m, m.s[S.NOW])
+    word(m, key)
+
+
+@kernel
+def span(m: M, lane: int, start: int, key: int) -> None:
+    """What a lane did until now."""
+    if m.o[O.SPANS]:
+        i = m.s[S.N_SPANS]
+        m.spans[i, 0] = lane
+        m.spans[i, 1] = start
+        m.spans[i, 2] = m.s[S.NOW]
+        m.spans[i, 3] = key
+        m.s[S.N_SPANS] = i + 1
+
+
+# ---- the compute lane's pending event ------------------------------------------------------------
+
+
+@kernel
+def pending(m: M, delay: int, rank: int, does: int) -> None:
+    """What the compute lane does next."""
+    m.s[S.SEQ] += 1
+    m.s[S.C_TIME] = m.s[S.NOW] + delay
+    m.s[S.C_RANK] = rank
+    m.s[S.C_SEQ] = m.s[S.SEQ]
+    m.s[S.C_DOES] = does
+    m.s[S.C_SPAN] = m.s[S.NOW]
+
+
+@kernel
+def wait(m: M, does: int) -> None:
+    """The compute lane waits to be notified."""
+    m.s[S.C_TIME] = FAR
+    m.s[S.C_DOES] = does
+    m.s[S.C_SPAN] = m.s[S.NOW]
+
+
+@kernel
+def notify(m: M) -> None:
+    """``ReferenceEngine._notify``."""
+    if m.s[S.C_TIME] == FAR:
+        m.s[S.SEQ] += 1
+        m.s[S.C_TIME] = m.s[S.NOW]
+        m.s[S.C_RANK] = COMPUTE_DONE
+        m.s[S.C_SEQ] = m.s[S.SEQ]
+
+
+# ---- seats ---------------------------------------------------------------------------------------
+
+
+@kernel
+def hash3(a: A, b: A, c: A) -> A:
+    """``moesim.hashing.hash64`` of three integers."""
+    state: A = PLACE
+    state = _finalise((state ^ np.uint64(a)) + PLACE)
+    state = _finalise((state ^ np.uint64(b)) + PLACE)
+    return _finalise((state ^ np.uint64(c)) + PLACE)
+
+
+@kernel
+def worth(m: M, key: int) -> A:
+    """The keep seat's score of a key's expert at the newest layer event."""
+    e = key % m.o[O.SIZE]
+    keep = m.o[O.KEEP]
+    if keep == Keep.LFU_DECAY:
+        return np.int64(_decayed(m.x[X.COUNT, e], m.x[X.SCORE, e]))
+    if keep == Keep.LFRU:
+        return np.int64(_lfru(m.x[X.COUNT, e], m.x[X.LAST, e], m.s[S.EVENT]))
+    if keep == Keep.LEAST_STALE:
+        layer = e // m.o[O.EXPERTS]
+        step, here = m.s[S.GATE_STEP], m.s[S.GATE_LAYER]
+        return np.int64(_stale(m.x[X.SCORE, e], m.x[X.LAST, e], step, layer, here))
+    if keep == Keep.SLRU:
+        return np.int64(_slru(m.x[X.SCORE, e], m.x[X.SEGMENT, e]))
+    if keep == Keep.RANDOM:
+        return np.int64(hash3(m.o[O.SEED], m.s[S.EVENT], e) >> np.uint64(2))
+    return np.int64(m.x[X.SCORE, e])
+
+
+@kernel
+def keep_gate(m: M) -> None:
+    """The keep seat hears of a gate (``KeepSeat.gate``)."""
+    n = m.s[S.N_DEMAND]
+    experts = m.cur[D.EXPERT, :n]
+    clock = m.s[S.CLOCK : S.CLOCK + 1]
+    keep = m.o[O.KEEP]
+    score = m.x[X.SCORE]
+    if keep == Keep.LRU:
+        _touch(score, clock, experts)
+    elif keep == Keep.FIFO:
+        for i in range(n):
+            if m.cur[D.STATUS, i] == MISS:
+                _touch(score, clock, m.cur[D.EXPERT, i : i + 1])
+    elif keep == Keep.LFU or keep == Keep.LFU_INCACHE:
+        _count(score, m.x[X.COUNT], clock, experts)
+    elif keep == Keep.LFU_DECAY:
+        first = m.s[S.GATE_LAYER] * m.o[O.EXPERTS]
+        _fade(m.x[X.COUNT, first : first + m.o[O.EXPERTS]], m.o[O.FACTOR])
+        for i in range(n):
+            m.x[X.COUNT, experts[i]] += lfu_decay.ONE
+        _touch(score, clock, experts)
+    elif keep == Keep.LFRU:
+        for i in range(n):
+            m.x[X.COUNT, experts[i]] += 1
+            m.x[X.LAST, experts[i]] = m.s[S.EVENT]
+    elif keep == Keep.LEAST_STALE:
+        _touch(score, clock, experts)
+        for i in range(n):
+            m.x[X.LAST, experts[i]] = m.s[S.GATE_STEP]
+    elif keep == Keep.SLRU:
+        if n:
+            cache = experts[0] // (m.o[O.SIZE] // m.o[O.CACHES])
+            first = cache * (m.o[O.SIZE] // m.o[O.CACHES])
+            held = m.c[C.PROTECTED, cache] + _promote(m.x[X.SEGMENT], experts, m.cur[D.STATUS, :n])
+            _touch(score, clock, experts)
+            excess = max(0, held - m.c[C.LIMIT, cache])
+            last = first + m.o[O.SIZE] // m.o[O.CACHES]
+            _shed(score, m.x[X.SEGMENT], clock, first, last, excess)
+            m.c[C.PROTECTED, cache] = held - excess
+    elif keep == Keep.MIN:
+        for i in range(n):
+            score[experts[i]] = -m.cur[D.NEXT_USE, i]
+
+
+@kernel
+def keep_planned(m: M) -> None:
+    """An absent expert was just planned (``KeepSeat.planned``); ``one`` is int64 [1]."""
+    clock = m.s[S.CLOCK : S.CLOCK + 1]
+    keep = m.o[O.KEEP]
+    score = m.x[X.SCORE]
+    if keep == Keep.LFU or keep == Keep.LFU_INCACHE:
+        _stamp(score, m.x[X.COUNT], clock, m.one)
+    elif keep == Keep.LFRU:
+        m.x[X.LAST, m.one[0]] = m.s[S.EVENT]
+    elif keep == Keep.LEAST_STALE:
+        _touch(score, clock, m.one)
+        m.x[X.LAST, m.one[0]] = m.s[S.GATE_STEP]
+    elif keep == Keep.LRU or keep == Keep.FIFO or keep == Keep.LFU_DECAY or keep == Keep.SLRU:
+        _touch(score, clock, m.one)
+
+
+@kernel
+def keep_evicted(m: M, key: int) -> None:
+    """A copy went (``KeepSeat.note``)."""
+    e = key % m.o[O.SIZE]
+    if m.o[O.KEEP] == Keep.LFU_INCACHE:
+        m.x[X.COUNT, e] = 0
+    elif m.o[O.KEEP] == Keep.SLRU and m.x[X.SEGMENT, e]:
+        m.x[X.SEGMENT, e] = 0
+        m.c[C.PROTECTED, e // (m.o[O.SIZE] // m.o[O.CACHES])] -= 1
+
+
+# ---- the ledger ----------------------------------------------------------------------------------
+
+
+@kernel
+def book(m: M, key: int, sign: int) -> None:
+    """``Ledger._book``."""
+    m.c[C.USED, m.k[K.CACHE, key]] += sign * m.k[K.BYTES, key]
+    hold_bytes(m, sign * m.k[K.BYTES, key])
+
+
+@kernel
+def hold_bytes(m: M, nbytes: int) -> None:
+    """``Ledger._hold``."""
+    m.s[S.HELD] += nbytes
+    m.s[S.PEAK] = max(m.s[S.PEAK], m.s[S.HELD])
+
+
+@kernel
+def land_copy(m: M, key: int) -> None:
+    """``Ledger.land``."""
+    cache = m.k[K.CACHE, key]
+    at = m.c[C.FIRST, cache] + m.c[C.RESIDENTS, cache]
+    m.res[at] = key
+    m.k[K.AT, key] = at
+    m.c[C.RESIDENTS, cache] += 1
+    m.k[K.STATE, key] = RESIDENT
+
+
+@kernel
+def free_bytes(m: M, key: int) -> A:
+    """``Ledger.free`` of a key's cache."""
+    cache = m.k[K.CACHE, key]
+    return m.c[C.CAPACITY, cache] - m.c[C.USED, cache]
+
+
+# ---- the link ------------------------------------------------------------------------------------
+
+
+@kernel
+def new_transfer(m: M, key: int, phase: int, order: int, prefetch: int, staged: int) -> None:
+    """``Link.transfer``."""
+    m.s[S.TSEQ] += 1
+    m.k[K.PHASE, key] = phase
+    m.k[K.ASKED, key] = m.s[S.EVENT]
+    m.k[K.ORDER, key] = order
+    m.k[K.TSEQ, key] = m.s[S.TSEQ]
+    m.k[K.PRIORITY, key] = 0
+    m.k[K.EXPIRES, key] = FAR
+    m.k[K.REPLACES, key] = -1
+    m.k[K.SENT, key] = 0
+    m.k[K.IS_PREFETCH, key] = prefetch
+    m.k[K.IS_STAGED, key] = staged
+    m.k[K.IS_DEMANDED, key] = 1 - prefetch
+    m.k[K.IS_CANCELLED, key] = 0
+    m.k[K.IS_ISSUED, key] = 0
+    m.k[K.VICTIM, key] = -1
+
+
+@kernel
+def p_insert(m: M, key: int) -> None:
+    """Put a prefetch in its place: larger priority first, then older."""
+    i = m.s[S.P_COUNT]
+    while i > 0:
+        before = m.pq[i - 1]
+        if m.k[K.PRIORITY, before] > m.k[K.PRIORITY, key] or (
+            m.k[K.PRIORITY, before] == m.k[K.PRIORITY, key]
+            and m.k[K.TSEQ, before] < m.k[K.TSEQ, key]
+        ):
+            break
+        m.pq[i] = before
+        i -= 1
+    m.pq[i] = key
+    m.s[S.P_COUNT] += 1
+    m.k[K.PENDING, key] = 1
+
+
+@kernel
+def p_remove(m: M, key: int) -> None:
+    """Take a prefetch out of its lane."""
+    n = m.s[S.P_COUNT]
+    i = 0
+    while m.pq[i] != key:
+        i += 1
+    for j in range(i, n - 1):
+        m.pq[j] = m.pq[j + 1]
+    m.s[S.P_COUNT] = n - 1
+    m.k[K.PENDING, key] = 0
+
+
+@kernel
+def p_move(m: M, key: int, priority: int) -> None:
+    """A new priority."""
+    if priority != m.k[K.PRIORITY, key]:
+        p_remove(m, key)
+        m.k[K.PRIORITY, key] = priority
+        p_insert(m, key)
+
+
+@kernel
+def expire(m: M) -> None:
+    """``Link.expire``: drop what the newest gate made useless, oldest first."""
+    while True:
+        oldest = -1
+        for i in range(m.s[S.P_COUNT]):
+            key = m.pq[i]
+            if (
+                m.k[K.EXPIRES, key] <= m.s[S.EVENT]
+                and not m.k[K.IS_ISSUED, key]
+                and (oldest < 0 or m.k[K.TSEQ, key] < m.k[K.TSEQ, oldest])
+            ):
+                oldest = key
+        if oldest < 0:
+            return
+        drop(m, oldest)
+
+
+@kernel
+def was_used(m: M, key: int) -> None:
+    """A prefetch proved right: what it evicted can blame it no more."""
+    if m.o[O.ONE_VICTIM]:
+        forgive(m, m.k[K.VICTIM, key], key)
+    else:
+        for victim in range(m.o[O.SIZE]):
+            forgive(m, victim, key)
+
+
+@kernel
+def forgive(m: M, victim: int, key: int) -> None:
+    """Clear the blame of one victim."""
+    if (
+        victim >= 0
+        and m.k[K.BLAMED, victim] == key
+        and m.k[K.BLAMED_SEQ, victim] == m.k[K.TSEQ, key]
+    ):
+        m.k[K.BLAMED, victim] = -1
+
+
+@kernel
+def drop(m: M, key: int) -> None:
+    """``Link._drop``."""
+    p_remove(m, key)
+    m.k[K.STATE, key] = ABSENT
+    m.s[S.DROPPED] += 1
+    record(m, log.DROP, key)
+
+
+@kernel
+def moved_bytes(m: M, key: int) -> A:
+    """``Link._moved_bytes``."""
+    chunk = m.o[O.CHUNK] if m.o[O.CHUNK] else m.k[K.COPY, key]
+    return min(m.k[K.COPY, key], m.k[K.SENT, key] * chunk)
+
+
+@kernel
+def abandon(m: M, key: int) -> None:
+    """``Link._abandon``."""
+    moved = moved_bytes(m, key)
+    m.counts[m.k[K.PHASE, key], 5] += moved
+    m.s[S.MOVED_OF_CANCELLED] += moved
+    m.s[S.CANCELLED] += 1
+    m.s[S.CANCELLED_BYTES] += moved
+    p_remove(m, key)
+    m.k[K.STATE, key] = ABSENT
+    book(m, key, -1)
+    record(m, log.CANCEL, key)
+
+
+@kernel
+def cancel(m: M, key: int) -> None:
+    """``Link.cancel``."""
+    if not m.k[K.PENDING, key]:
+        return
+    if not m.k[K.IS_ISSUED, key]:
+        drop(m, key)
+    elif m.s[S.L_KEY] == key:
+        m.k[K.IS_CANCELLED, key] = 1
+    else:
+        abandon(m, key)
+
+
+@kernel
+def evict(m: M, key: int, cause: int) -> None:
+    """``Link._evict``; ``cause`` is the key of the load, or -1."""
+    cache = m.k[K.CACHE, key]
+    last = m.c[C.FIRST, cache] + m.c[C.RESIDENTS, cache] - 1
+    moved = m.res[last]
+    m.res[m.k[K.AT, key]] = moved
+    m.k[K.AT, moved] = m.k[K.AT, key]
+    m.c[C.RESIDENTS, cache] -= 1
+    m.k[K.STATE, key] = ABSENT
+    book(m, key, -1)
+    gone(m, key)
+    if m.k[K.UNUSED, key]:
+        m.k[K.UNUSED, key] = 0
+        m.s[S.WASTED] += 1
+        m.s[S.WASTED_BYTES] += m.k[K.COPY, key]
+    m.k[K.HELD, key] = 0
+    if cause >= 0 and m.k[K.IS_PREFETCH, cause] and not m.k[K.IS_DEMANDED, cause]:
+        m.k[K.BLAMED, key] = cause
+        m.k[K.BLAMED_SEQ, key] = m.k[K.TSEQ, cause]
+        m.k[K.VICTIM, cause] = key
+
+
+@kernel
+def gone(m: M, key: int) -> None:
+    """Count, log and tell that a copy's bytes were given up."""
+    m.s[S.EVICTIONS] += 1
+    m.s[S.EVICTED_BYTES] += m.k[K.COPY, key]
+    record(m, log.EVICT, key)
+    choice(m, log.EVICT)
+    choice(m, key)
+    keep_evicted(m, key)
+
+
+@kernel
+def is_candidate(m: M, key: int, load: int, mine: int) -> bool:
+    """Whether a resident may go for a load (``_free_to_demand``, ``_free_to_prefetch``)."""
+    if m.k[K.PINNED, key]:
+        return False
+    if m.k[K.IS_DEMANDED, load]:
+        return m.k[K.MEMBER, key] != m.s[S.EVENT]
+    if (
+        m.k[K.HELD, key]
+        and m.k[K.HOLD_EXPIRES, key] > m.s[S.EVENT]
+        and m.k[K.HOLD_PRIORITY, key] >= m.k[K.PRIORITY, load]
+    ):
+        return False
+    return not m.o[O.BYPASS] or worth(m, key) < mine
+
+
+@kernel
+def choose(m: M, load: int, lacking: int) -> int:
+    """``Link._choose``: fills ``vic``; how many, or -1 if room cannot be made."""
+    cache = m.k[K.CACHE, load]
+    first = m.c[C.FIRST, cache]
+    last = first + m.c[C.RESIDENTS, cache]
+    mine = worth(m, load) if m.o[O.BYPASS] else 0
+    total = 0
+    n = 0
+    best = -1
+    best_worth = 0
+    for at in range(first, last):
+        key = m.res[at]
+        if is_candidate(m, key, load, mine):
+            total += m.k[K.BYTES, key]
+            w = worth(m, key)
+            if best < 0 or w < best_worth or (w == best_worth and key < best):
+                best = key
+                best_worth = w
+            n += 1
+    if best >= 0 and m.k[K.BYTES, best] >= lacking:
+        m.vic[0] = best
+        return 1
+    waves = 0
+    if not m.k[K.IS_PREFETCH, load]:
+        for i in range(m.s[S.R_COUNT]):
+            if is_released(m, m.rl[i], cache):
+                waves += m.k[K.BYTES, m.rl[i]]
+    if total + waves < lacking:
+        return -1
+    chosen = 0
+    while lacking > 0 and chosen < n:
+        best = -1
+        for at in range(first, last):
+            key = m.res[at]
+            if not is_candidate(m, key, load, mine):
+                continue
+            w = worth(m, key)
+            if chosen:
+                # Behind the one chosen before, by (worth, key).
+                before = m.vic[chosen - 1]
+                floor = worth(m, before)
+                if w < floor or (w == floor and key <= before):
+                    continue
+            if best < 0 or w < best_worth or (w == best_worth and key < best):
+                best = key
+                best_worth = w
+        m.vic[chosen] = best
+        chosen += 1
+        lacking -= m.k[K.BYTES, best]
+    i = 0
+    while lacking > 0:
+        if is_released(m, m.rl[i], cache):
+            m.vic[chosen] = m.rl[i]
+            chosen += 1
+            lacking -= m.k[K.BYTES, m.rl[i]]
+        i += 1
+    return chosen
+
+
+@kernel
+def is_released(m: M, key: int, cache: int) -> bool:
+    """A member that has computed and is still there (``_computed_members``)."""
+    return m.k[K.STATE, key] == RESIDENT and m.k[K.CACHE, key] == cache and not m.k[K.PINNED, key]
+
+
+@kernel
+def issue(m: M, key: int) -> int:
+    """``Link._issue``: 1, or 0 if there is no room now."""
+    if m.k[K.IS_STAGED, key]:
+        if m.s[S.STAGED] == m.o[O.STAGING]:
+            return 0
+        m.s[S.STAGED] += 1
+        m.k[K.STATE, key] = IN_FLIGHT
+        hold_bytes(m, m.k[K.BYTES, key])
+    else:
+        lacking = m.k[K.BYTES, key] - free_bytes(m, key)
+        n = 0
+        swap = m.k[K.REPLACES, key]
+        if swap >= 0:
+            if m.k[K.STATE, swap] != RESIDENT:
+                if lacking > 0:
+                    return 0
+            elif m.k[K.PINNED, swap] or m.k[K.BYTES, swap] < lacking:
+                return 0
+            else:
+                m.vic[0] = swap
+                n = 1
+        elif lacking > 0:
+            n = choose(m, key, lacking)
+            if n < 0:
+                return 0
+        for i in range(n):
+            evict(m, m.vic[i], key)
+        m.k[K.STATE, key] = IN_FLIGHT
+        book(m, key, 1)
+    m.k[K.IS_ISSUED, key] = 1
+    m.k[K.BLAMED, key] = -1
+    if m.k[K.IS_PREFETCH, key]:
+        m.s[S.ISSUED] += 1
+    word(m, log.ISSUE)
+    word(m, m.s[S.NOW])
+    word(m, key)
+    word(m, m.k[K.IS_PREFETCH, key])
+    return 1
+
+
+@kernel
+def link_grant(m: M) -> None:
+    """``Link._next`` and the beginning of ``_send``."""
+    pick = -1
+    if m.s[S.D_HEAD] != m.s[S.D_TAIL]:
+        head = m.dq[m.s[S.D_HEAD] % len(m.dq)]
+        ok = 1
+        if not m.k[K.IS_ISSUED, head]:
+            ok = issue(m, head)
+        if ok == 1:
+            pick = head
+        elif m.o[O.BARRIER] and not m.s[S.BLOCKED]:
+            m.s[S.BLOCKED] = 1
+            notify(m)
+    if pick < 0:
+        tried = 0
+        for i in range(m.s[S.P_COUNT]):
+            key = m.pq[i]
+            if m.k[K.IS_ISSUED, key]:
+                pick = key
+                break
+            place = m.k[K.PLACE, key]
+            seen = False
+            for j in range(tried):
+                seen = seen or m.full[j] == place
+            if not seen:
+                ok = issue(m, key)
+                if ok == 1:
+                    pick = key
+                    break
+                if m.k[K.REPLACES, key] < 0 and not m.o[O.BYPASS]:
+                    m.full[tried] = place
+                    tried += 1
+    if pick < 0:
+        m.s[S.L_TIME] = FAR
+        return
+    row = m.k[K.CURVE, pick]
+    sent = m.k[K.SENT, pick]
+    last = m.sizes[row] if m.k[K.IS_DEMANDED, pick] else sent + 1
+    duration = m.ends[row, last - 1] - (m.ends[row, sent - 1] if sent else 0)
+    m.s[S.L_KEY] = pick
+    m.s[S.L_LAST] = last
+    m.s[S.L_SPAN] = m.s[S.NOW]
+    link_pending(m, duration, LOAD_DONE)
+
+
+@kernel
+def link_pending(m: M, delay: int, rank: int) -> None:
+    """What the link does next."""
+    m.s[S.SEQ] += 1
+    m.s[S.L_TIME] = m.s[S.NOW] + delay
+    m.s[S.L_RANK] = rank
+    m.s[S.L_SEQ] = m.s[S.SEQ]
+
+
+@kernel
+def link_done(m: M) -> None:
+    """The end of ``Link._send``."""
+    key = m.s[S.L_KEY]
+    row = m.k[K.CURVE, key]
+    sent = m.s[S.L_LAST]
+    m.k[K.SENT, key] = sent
+    m.s[S.LINK_BUSY] += m.s[S.NOW] - m.s[S.L_SPAN]
+    m.s[S.L_KEY] = -1
+    guess = m.k[K.IS_PREFETCH, key] and not m.k[K.IS_DEMANDED, key]
+    span(m, SPECULATIVE if guess else DEMAND, m.s[S.L_SPAN], key)
+    if sent == m.sizes[row]:
+        landed(m, key)
+    elif m.k[K.IS_CANCELLED, key]:
+        abandon(m, key)
+    link_pending(m, 0, LINK_GRANT)
+
+
+@kernel
+def landed(m: M, key: int) -> None:
+    """``Link._land``."""
+    m.counts[m.k[K.PHASE, key], 4] += 1
+    m.counts[m.k[K.PHASE, key], 5] += m.k[K.COPY, key]
+    record(m, log.LAND, key)
+    if not m.k[K.IS_STAGED, key]:
+        land_copy(m, key)
+    if m.k[K.IS_DEMANDED, key]:
+        # Out of the demand queue: the head, unless one under way was promoted behind it.
+        i = m.s[S.D_HEAD]
+        while m.dq[i % len(m.dq)] != key:
+            i += 1
+        while i > m.s[S.D_HEAD]:
+            m.dq[i % len(m.dq)] = m.dq[(i - 1) % len(m.dq)]
+            i -= 1
+        m.s[S.D_HEAD] += 1
+        m.aq[m.s[S.A_TAIL] % len(m.aq)] = key
+        m.s[S.A_TAIL] += 1
+        notify(m)
+    else:
+        p_remove(m, key)
+        m.k[K.UNUSED, key] = 1
+        hold(m, key, m.k[K.PRIORITY, key], m.k[K.EXPIRES, key])
+
+
+@kernel
+def hold(m: M, key: int, priority: int, expires: int) -> None:
+    """``Link.hold``."""
+    m.k[K.HELD, key] = 1
+    m.k[K.HOLD_PRIORITY, key] = priority
+    m.k[K.HOLD_EXPIRES, key] = expires
+
+
+@kernel
+def wake_link(m: M) -> None:
+    """``Link.wake``."""
+    if m.s[S.L_TIME] == FAR and (m.s[S.D_HEAD] != m.s[S.D_TAIL] or m.s[S.P_COUNT]):
+        link_pending(m, 0, LINK_GRANT)
+
+
+@kernel
+def release(m: M, key: int) -> None:
+    """``Link.release``."""
+    if m.k[K.IS_STAGED, key] and m.k[K.STATE, key] == IN_FLIGHT:
+        unstage(m, key)
+    else:
+        m.k[K.PINNED, key] = 0
+        m.rl[m.s[S.R_COUNT]] = key
+        m.s[S.R_COUNT] += 1
+    wake_link(m)
+
+
+@kernel
+def unstage(m: M, key: int) -> None:
+    """``Link._unstage`` and ``_lesser``."""
+    m.s[S.STAGED] -= 1
+    lacking = m.k[K.BYTES, key] - free_bytes(m, key)
+    cache = m.k[K.CACHE, key]
+    first = m.c[C.FIRST, cache]
+    last = first + m.c[C.RESIDENTS, cache]
+    mine = worth(m, key)
+    n = 0
+    adopt = True
+    while lacking > 0:
+        best = -1
+        best_worth = mine
+        for at in range(first, last):
+            other = m.res[at]
+            if m.k[K.PINNED, other]:
+                continue
+            w = worth(m, other)
+            if w >= mine:
+                continue
+            if n:
+                before = m.vic[n - 1]
+                floor = worth(m, before)
+                if w < floor or (w == floor and other <= before):
+                    continue
+            if best < 0 or w < best_worth or (w == best_worth and other < best):
+                best = other
+                best_worth = w
+        if best < 0:
+            adopt = False
+            break
+        m.vic[n] = best
+        n += 1
+        lacking -= m.k[K.BYTES, best]
+    if adopt:
+        for i in range(n):
+            evict(m, m.vic[i], -1)
+    hold_bytes(m, -m.k[K.BYTES, key])
+    m.k[K.PINNED, key] = 0
+    m.k[K.IS_STAGED, key] = 0
+    if adopt:
+        book(m, key, 1)
+        land_copy(m, key)
+    else:
+        m.k[K.STATE, key] = ABSENT
+        gone(m, key)
+
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+
+@kernel
+def judge(m: M) -> None:
+    """``ReferenceEngine._judge``, the pins and the log."""
+    n = m.s[S.N_DEMAND]
+    for i in range(n):
+        key = m.cur[D.EXPERT, i]
+        state = m.k[K.STATE, key]
+        status = MISS
+        if state == RESIDENT:
+            status = HIT
+        elif state == IN_FLIGHT:
+            status = LATE
+        m.cur[D.STATUS, i] = status
+        m.cur[D.SERVE, i] = FETCH
+        m.k[K.PINNED, key] = 1
+        m.k[K.MEMBER, key] = m.s[S.EVENT]
+        m.k[K.ROW, key] = i
+    m.s[S.R_COUNT] = 0
+    word(m, log.GATE)
+    word(m, m.s[S.NOW])
+    word(m, m.s[S.EVENT])
+    word(m, m.s[S.GATE_LAYER])
+    word(m, n)
+    word(m, log.DEMAND)
+    choice(m, log.GATE)
+    choice(m, m.s[S.EVENT])
+    choice(m, m.s[S.GATE_LAYER])
+    choice(m, n)
+    choice(m, log.DEMAND)
+    for i in range(n):
+        packed = m.cur[D.EXPERT, i] * 4 + m.cur[D.STATUS, i]
+        word(m, packed)
+        choice(m, packed)
+
+
+@kernel
+def count_predicted(m: M) -> None:
+    """``ReferenceEngine._count_predicted``; ``named`` is a ring of (event, count, keys...)."""
+    row = m.s[S.EVENT] % len(m.named)
+    if m.named[row, 0] != m.s[S.EVENT]:
+        return
+    n = m.named[row, 1]
+    m.s[S.NAMED] += n
+    for i in range(n):
+        m.s[S.PREDICTED] += m.k[K.MEMBER, m.named[row, 2 + i]] == m.s[S.EVENT]
+    m.named[row, 0] = -1
+
+
+@kernel
+def claim(m: M) -> None:
+    """``ReferenceEngine._claim``, with ``Link.use``, ``promote`` and ``miss``."""
+    n = m.s[S.N_DEMAND]
+    nbytes = 0
+    for i in range(n):
+        key = m.cur[D.EXPERT, i]
+        status = m.cur[D.STATUS, i]
+        phase = m.cur[D.PHASE, i]
+        nbytes += m.k[K.BYTES, key]
+        m.counts[phase, 0] += 1
+        m.counts[phase, 6] += m.k[K.COPY, key]
+        m.counts[phase, 1 + status] += 1
+        m.counts[phase, 7 + status] += m.k[K.COPY, key]
+        if status == HIT:
+            m.k[K.HELD, key] = 0
+            if m.k[K.UNUSED, key]:
+                m.k[K.UNUSED, key] = 0
+                m.s[S.USED] += 1
+                m.s[S.USED_BYTES] += m.k[K.COPY, key]
+                was_used(m, key)
+        elif status == MISS:
+            if m.k[K.PENDING, key]:
+                p_remove(m, key)
+                m.k[K.STATE, key] = ABSENT
+                m.s[S.OVERTAKEN] += 1
+            if m.k[K.BLAMED, key] >= 0:
+                m.k[K.BLAMED, key] = -1
+                m.s[S.POLLUTING] += 1
+    for i in range(n):
+        if m.cur[D.STATUS, i] == LATE:
+            key = m.cur[D.EXPERT, i]
+            m.k[K.IS_DEMANDED, key] = 1
+            m.k[K.IS_CANCELLED, key] = 0
+            p_remove(m, key)
+            m.dq[m.s[S.D_TAIL] % len(m.dq)] = key
+            m.s[S.D_TAIL] += 1
+            m.s[S.LATE] += 1
+            m.s[S.LATE_BYTES] += m.k[K.COPY, key]
+            was_used(m, key)
+    m.s[S.LARGEST_UNION] = max(m.s[S.LARGEST_UNION], nbytes)
+    cache = m.k[K.CACHE, m.cur[D.EXPERT, 0]] if n else 0
+    m.s[S.OVERFLOWS] += nbytes > m.c[C.CAPACITY, cache]
+
+
+@kernel
+def demand(m: M) -> None:
+    """``ReferenceEngine._demand`` and ``_serve_miss``."""
+    waiting = 0
+    for i in range(m.s[S.N_DEMAND]):
+        key = m.cur[D.EXPERT, i]
+        if m.cur[D.STATUS, i] == LATE:
+            waiting += 1
+        if m.cur[D.STATUS, i] != MISS:
+            continue
+        how = m.cur[D.SERVE, i]
+        if how == FETCH:
+            m.s[S.SERVED_FETCH] += 1
+            new_transfer(m, key, m.cur[D.PHASE, i], i, 0, m.o[O.BYPASS])
+            waiting += 1
+            continue
+        word(m, log.SERVED)
+        word(m, m.s[S.NOW])
+        word(m, key)
+        word(m, how)
+        choice(m, log.SERVED)
+        choice(m, key)
+        choice(m, how)
+        if how == CPU:
+            m.s[S.SERVED_CPU] += 1
+            m.s[S.CPU_RUNNING] += 1
+            m.k[K.CPU_NS, key] = m.cur[D.CPU_NS, i]
+            m.hq[m.s[S.H_TAIL] % len(m.hq)] = key
+            m.s[S.H_TAIL] += 1
+        else:
+            m.s[S.SERVED_SKIP] += 1
+            m.k[K.PINNED, key] = 0
+    for i in range(m.s[S.N_DEMAND]):
+        if m.cur[D.STATUS, i] == MISS and m.cur[D.SERVE, i] == FETCH:
+            key = m.cur[D.EXPERT, i]
+            m.k[K.STATE, key] = QUEUED
+            m.dq[m.s[S.D_TAIL] % len(m.dq)] = key
+            m.s[S.D_TAIL] += 1
+    m.s[S.WAITING] = waiting
+
+
+@kernel
+def serve(m: M, n: int, load_ns: int) -> None:
+    """The built-in miss seats."""
+    if m.o[O.MISS] == FETCH:
+        return
+    for i in range(n):
+        if m.cur[D.STATUS, i] == MISS:
+            quick = m.cur[D.CPU_NS, i] <= load_ns + m.cur[D.NS, i]
+            if m.o[O.MISS] == CPU or quick:
+                m.cur[D.SERVE, i] = CPU
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+
+
+@kernel
+def name(m: M, key: int, expires: int) -> None:
+    """Remember that a plan named a key for a layer event, once."""
+    if expires >= FAR:
+        return
+    row = expires % len(m.named)
+    if m.named[row, 0] != expires:
+        m.named[row, 0] = expires
+        m.named[row, 1] = 0
+    n = m.named[row, 1]
+    if m.k[K.NAMED, key] == expires:
+        return
+    if m.o[O.PREFETCH] == Wish.FUTURE:
+        for i in range(n):
+            if m.named[row, 2 + i] == key:
+                return
+    m.k[K.NAMED, key] = expires
+    m.named[row, 2 + n] = key
+    m.named[row, 1] = n + 1
+
+
+@kernel
+def wish(m: M, key: int, expires: int, priority: int, order: int, replaces: int) -> None:
+    """``ReferenceEngine._prefetch``."""
+    if expires <= m.s[S.EVENT]:
+        return
+    name(m, key, expires)
+    if m.k[K.PENDING, key]:
+        p_move(m, key, priority)
+        m.k[K.EXPIRES, key] = expires
+        m.k[K.IS_CANCELLED, key] = 0
+    elif m.k[K.STATE, key] == RESIDENT:
+        hold(m, key, priority, expires)
+    elif m.k[K.STATE, key] == ABSENT:
+        new_transfer(m, key, m.s[S.PHASE], AFTER_DEMAND + order, 1, 0)
+        m.k[K.PRIORITY, key] = priority
+        m.k[K.EXPIRES, key] = expires
+        m.k[K.REPLACES, key] = replaces
+        m.k[K.STATE, key] = QUEUED
+        p_insert(m, key)
+        m.s[S.PLANNED] += 1
+
+
+@kernel
+def ahead(m: M, layer: int, distance: int) -> A:
+    """``World.ahead``."""
+    beyond = layer + distance - m.o[O.LAYERS]
+    if beyond < 0:
+        return layer + distance
+    return m.o[O.DECODE_FROM] + beyond % (m.o[O.LAYERS] - m.o[O.DECODE_FROM])
+
+
+@kernel
+def plan(m: M, first: int) -> int:
+    """The built-in prefetch seats: fills the plan from row ``first`` on; how many wishes."""
+    what = m.o[O.PREFETCH]
+    layer = m.s[S.GATE_LAYER]
+    n = first
+    if what == Wish.PREVIOUS:
+        m.seen[layer, 0] = m.s[S.N_DEMAND]
+        for i in range(m.s[S.N_DEMAND]):
+            m.seen[layer, 1 + i] = m.cur[D.EXPERT, i]
+        target = ahead(m, layer, m.o[O.DISTANCE])
+        for i in range(m.seen[target, 0]):
+            n = put(m, n, m.seen[target, 1 + i])
+    elif what == Wish.AHEAD:
+        base = (layer + m.o[O.DISTANCE]) * m.o[O.EXPERTS]
+        row = m.ev[m.s[S.ROW], E.PLAN]
+        if base < m.o[O.SIZE]:
+            for i in range(m.ev[m.s[S.ROW], E.PLANS]):
+                n = put(m, n, base + m.said[row + i])
+    elif what == Wish.HOT:
+        target = ahead(m, layer, m.o[O.DISTANCE])
+        for i in range(m.hot.shape[1]):
+            n = put(m, n, m.hot[target, i])
+    elif what == Wish.WHOLE:
+        base = ahead(m, layer, m.o[O.DISTANCE]) * m.o[O.EXPERTS]
+        for i in range(m.o[O.EXPERTS]):
+            n = put(m, n, base + i)
+    elif what == Wish.FUTURE:
+        last = min(m.s[S.EVENT] + m.o[O.DISTANCE], len(m.f_ptr) - 2)
+        for event in range(m.s[S.EVENT] + 1, last + 1):
+            for i in range(m.f_ptr[event], m.f_ptr[event + 1]):
+                m.pl[n, 0] = m.f_ids[i]
+                m.pl[n, 1] = event
+                m.pl[n, 2] = -event
+                n += 1
+    return n - first
+
+
+@kernel
+def put(m: M, n: int, key: int) -> int:
+    """One more wish, for the layer event ``distance`` on."""
+    m.pl[n, 0] = key
+    m.pl[n, 1] = m.s[S.EVENT] + m.o[O.DISTANCE]
+    m.pl[n, 2] = 0
+    return n + 1
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+@entry
+def run(m: M) -> bool:
+    """Let events happen until the block of steps is done (True) or the spans are full (False)."""
+    while True:
+        if m.o[O.SPANS] and m.s[S.N_SPANS] > len(m.spans) - 4:
+            return False
+        who, when, rank, seq = 0, m.s[S.C_TIME], m.s[S.C_RANK], m.s[S.C_SEQ]
+        if before(m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ], when, rank, seq):
+            who, when, rank, seq = 1, m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ]
+        for i in range(m.o[O.WORKERS]):
+            if before(m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i], when, rank, seq):
+                who, when, rank, seq = 2 + i, m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i]
+        m.s[S.NOW] = when
+        if who == 1:
+            if rank == LINK_GRANT:
+                link_grant(m)
+            else:
+                link_done(m)
+            continue
+        if who > 1:
+            worker(m, who - 2)
+            continue
+        does = m.s[S.C_DOES]
+        if does == Does.HIT or does == Does.ARRIVAL:
+            key = m.s[S.C_KEY]
+            duration = m.s[S.NOW] - m.s[S.C_SPAN]
+            m.s[S.T_EXPERTS] += duration
+            if duration:
+                span(m, EXPERT, m.s[S.C_SPAN], key)
+            release(m, key)
+        elif does == Does.STALLED or does == Does.BARRIER:
+            stall = m.s[S.NOW] - m.s[S.C_SPAN]
+            m.s[S.T_STALL] += stall
+            m.stalls[m.s[S.GATE_LAYER]] += stall
+            if stall:
+                span(m, STALL, m.s[S.C_SPAN], -1)
+            if does == Does.BARRIER and not barrier(m):
+                continue
+        elif does == Does.CPU:
+            m.s[S.T_CPU] += m.s[S.NOW] - m.s[S.C_SPAN]
+        elif does == Does.STEP:
+            begin_step(m)
+            begin_event(m)
+            continue
+        elif does == Does.DENSE:
+            m.s[S.T_DENSE] += m.s[S.NOW] - m.s[S.C_SPAN]
+            if m.s[S.NOW] > m.s[S.C_SPAN]:
+                span(m, DENSE, m.s[S.C_SPAN], -1)
+            m.s[S.T_SYNC] += m.o[O.SYNC]
+            pending(m, m.o[O.SYNC], GATE, Does.GATE)
+            continue
+        elif does == Does.GATE:
+            gate(m)
+            layer = m.s[S.GATE_LAYER]
+            serve(m, m.s[S.N_DEMAND], m.loads[layer])
+            if m.o[O.PLAN] and m.ev[m.s[S.ROW], E.DENSE_NS] >= 0:
+                m.s[S.T_PLAN] += m.o[O.PLAN]
+                pending(m, m.o[O.PLAN], GATE, Does.PLANNED)
+                continue
+            planned(m)
+            if m.o[O.BARRIER] and not barrier(m):
+                continue
+        elif does == Does.PLANNED:
+            planned(m)
+            if m.o[O.BARRIER] and not barrier(m):
+                continue
+        elif does == Does.HEAD:
+            m.s[S.T_DENSE] += m.s[S.NOW] - m.s[S.C_SPAN]
+            if m.s[S.NOW] > m.s[S.C_SPAN]:
+                span(m, DENSE, m.s[S.C_SPAN], -1)
+            end_step(m)
+            if m.s[S.STEP] == len(m.st):
+                m.s[S.C_TIME] = FAR
+                return True
+            pending(m, 0, STEP_BEGIN, Does.STEP)
+            continue
+        elif does == Does.IDLE:
+            m.s[S.T_IDLE] += m.s[S.NOW] - m.s[S.C_SPAN]
+            m.s[S.C_TIME] = FAR
+            return True
+        if not next_expert(m):
+            word(m, log.END)
+            word(m, m.s[S.NOW])
+            word(m, m.s[S.EVENT])
+            m.s[S.ROW] += 1
+            begin_event(m)
+
+
+@kernel
+def before(t: int, r: int, q: int, when: int, rank: int, seq: int) -> bool:
+    """Whether a pending event happens first."""
+    return t < when or (t == when and (r < rank or (r == rank and q < seq)))
+
+
+@kernel
+def begin_step(m: M) -> None:
+    """``ReferenceEngine._step`` up to its first layer event."""
+    row = m.s[S.STEP]
+    m.st[row, T.BEGIN_NS] = m.s[S.NOW]
+    m.st[row, T.STALL_NS] = -m.s[S.T_STALL]
+    m.st[row, T.MISSES] = -m.counts[0, 3] - m.counts[1, 3]
+    m.s[S.ROW] = m.st[row, T.FIRST]
+    if m.st[row, T.KV_BYTES] >= 0:
+        for cache in range(m.o[O.CACHES]):
+            m.c[C.CAPACITY, cache] = max(0, m.c[C.WHOLE, cache] - m.st[row, T.KV_BYTES])
+        for cache in range(m.o[O.CACHES]):
+            shrink(m, cache)
+
+
+@kernel
+def shrink(m: M, cache: int) -> None:
+    """``Link.shrink`` of one cache."""
+    lacking = m.c[C.USED, cache] - m.c[C.CAPACITY, cache]
+    first = m.c[C.FIRST, cache]
+    n = 0
+    floor: A = np.int64(0)
+    # The first choice is a single copy that suffices, as anywhere; else by worth.
+    while lacking > 0:
+        best = -1
+        best_worth = np.int64(0)
+        for at in range(first, first + m.c[C.RESIDENTS, cache]):
+            key = m.res[at]
+            value = worth(m, key)
+            if m.k[K.PINNED, key]:
+                continue
+            if n and (value < floor or (value == floor and key <= m.vic[n - 1])):
+                continue
+            if best < 0 or value < best_worth or (value == best_worth and key < best):
+                best = key
+                best_worth = value
+        if best < 0:
+            break
+        m.vic[n] = best
+        floor = best_worth
+        n += 1
+        lacking -= m.k[K.BYTES, best]
+    for i in range(n):
+        evict(m, m.vic[i], -1)
+
+
+@kernel
+def end_step(m: M) -> None:
+    """``ReferenceEngine._step`` after its last layer event."""
+    row = m.s[S.STEP]
+    m.st[row, T.END_NS] = m.s[S.NOW]
+    m.st[row, T.STALL_NS] += m.s[S.T_STALL]
+    m.st[row, T.MISSES] += m.counts[0, 3] + m.counts[1, 3]
+    m.s[S.STEP] += 1
+
+
+@kernel
+def begin_event(m: M) -> None:
+    """The dense part of the next layer event, or the head of the step."""
+    if m.s[S.ROW] == m.st[m.s[S.STEP], T.LAST]:
+        pending(m, m.st[m.s[S.STEP], T.HEAD_NS], COMPUTE_DONE, Does.HEAD)
+    elif m.ev[m.s[S.ROW], E.DENSE_NS] >= 0:
+        pending(m, m.ev[m.s[S.ROW], E.DENSE_NS], COMPUTE_DONE, Does.DENSE)
+    else:
+        pending(m, 0, GATE, Does.GATE)
+
+
+@kernel
+def gate(m: M) -> None:
+    """``ReferenceEngine._gate`` and ``SeatPolicy.on``: the plan lies in ``pl``."""
+    row = m.s[S.ROW]
+    m.s[S.EVENT] += 1
+    m.s[S.GATE_LAYER] = m.ev[row, E.LAYER]
+    m.s[S.GATE_STEP] = m.ev[row, E.STEP]
+    m.s[S.PHASE] = m.ev[row, E.PHASE]
+    n = m.ev[row, E.COUNT]
+    m.s[S.N_DEMAND] = n
+    first = m.ev[row, E.FIRST]
+    for i in range(n):
+        for column in range(D.STATUS):
+            m.cur[column, i] = m.dem[first + i, column]
+    judge(m)
+    cancels = refuted(m)
+    count_predicted(m)
+    claim(m)
+    keep_gate(m)
+    m.s[S.N_CANCEL] = cancels
+    m.s[S.N_PLAN] = plan(m, cancels)
+    for i in range(m.s[S.N_PLAN]):
+        if m.k[K.STATE, m.pl[cancels + i, 0]] == ABSENT:
+            m.one[0] = m.pl[cancels + i, 0]
+            keep_planned(m)
+
+
+@kernel
+def refuted(m: M) -> int:
+    """``NextGate._refuted``: what was named for this gate and is not demanded, into ``pl``."""
+    n = 0
+    row = m.s[S.EVENT] % len(m.named)
+    if m.o[O.CANCEL] and m.named[row, 0] == m.s[S.EVENT]:
+        for i in range(m.named[row, 1]):
+            key = m.named[row, 2 + i]
+            if m.k[K.MEMBER, key] != m.s[S.EVENT]:
+                m.pl[n, 0] = key
+                n += 1
+    return n
+
+
+@kernel
+def planned(m: M) -> None:
+    """The gate after the policy's answer: demand, expire, apply, wake."""
+    before_cpu = m.s[S.H_TAIL]
+    demand(m)
+    for _ in range(m.s[S.H_TAIL] - before_cpu):
+        wake_worker(m)
+    expire(m)
+    for i in range(m.s[S.N_CANCEL]):
+        cancel(m, m.pl[i, 0])
+    first = m.s[S.N_CANCEL]
+    for i in range(m.s[S.N_PLAN]):
+        row = first + i
+        wish(m, m.pl[row, 0], m.pl[row, 1], m.pl[row, 2], i, -1)
+    wake_link(m)
+    m.s[S.NEXT_HIT] = 0
+    m.s[S.COMPUTED] = 0
+    m.s[S.BLOCKED] = 0
+
+
+@kernel
+def barrier(m: M) -> bool:
+    """``ReferenceEngine._barrier``: whether computing may begin."""
+    if m.s[S.A_TAIL] - m.s[S.A_HEAD] < m.s[S.WAITING] and not m.s[S.BLOCKED]:
+        wait(m, Does.BARRIER)
+        return False
+    return True
+
+
+@kernel
+def next_expert(m: M) -> bool:
+    """``ReferenceEngine._compute``, one turn: False when the layer event is done."""
+    while m.s[S.NEXT_HIT] < m.s[S.N_DEMAND]:
+        i = m.s[S.NEXT_HIT]
+        m.s[S.NEXT_HIT] += 1
+        if m.cur[D.STATUS, i] == HIT:
+            m.s[S.C_KEY] = m.cur[D.EXPERT, i]
+            pending(m, m.cur[D.NS, i], COMPUTE_DONE, Does.HIT)
+            return True
+    if m.s[S.COMPUTED] < m.s[S.WAITING]:
+        if m.s[S.A_HEAD] == m.s[S.A_TAIL]:
+            wait(m, Does.STALLED)
+            return True
+        key = m.aq[m.s[S.A_HEAD] % len(m.aq)]
+        m.s[S.A_HEAD] += 1
+        m.s[S.COMPUTED] += 1
+        m.s[S.C_KEY] = key
+        pending(m, m.cur[D.NS, m.k[K.ROW, key]], COMPUTE_DONE, Does.ARRIVAL)
+        return True
+    if m.s[S.CPU_RUNNING]:
+        wait(m, Does.CPU)
+        return True
+    return False
+
+
+@entry
+def schedule_step(m: M) -> None:
+    """Begin the block's first step now."""
+    pending(m, 0, STEP_BEGIN, Does.STEP)
+
+
+@entry
+def schedule_idle(m: M, until_ns: int) -> None:
+    """Serve nothing before a time."""
+    pending(m, until_ns - m.s[S.NOW], ARRIVAL, Does.IDLE)
+
+
+@entry
+def place(m: M, key: int) -> None:
+    """Make a copy resident before the run."""
+    book(m, key, 1)
+    land_copy(m, key)
+
+
+@entry
+def finish(m: M) -> None:
+    """``Link.finish``."""
+    for i in range(m.s[S.P_COUNT]):
+        key = m.pq[i]
+        if m.k[K.IS_ISSUED, key]:
+            moved = moved_bytes(m, key)
+            m.s[S.IN_FLIGHT_BYTES] += moved
+            m.counts[m.k[K.PHASE, key], 5] += moved
+            m.s[S.UNUSED_AT_END] += 1
+            m.s[S.UNUSED_AT_END_BYTES] += moved
+        else:
+            m.s[S.DROPPED] += 1
+    for key in range(m.o[O.SIZE]):
+        if m.k[K.UNUSED, key]:
+            m.s[S.UNUSED_AT_END] += 1
+            m.s[S.UNUSED_AT_END_BYTES] += m.k[K.COPY, key]
+
+
+# ---- host workers --------------------------------------------------------------------------------
+
+
+@kernel
+def wake_worker(m: M) -> None:
+    """``Host._wake``."""
+    if m.s[S.ASLEEP_HEAD] != m.s[S.ASLEEP_TAIL]:
+        i = m.asleep[m.s[S.ASLEEP_HEAD] % len(m.asleep)]
+        m.s[S.ASLEEP_HEAD] += 1
+        worker_pending(m, i, 0, WORKER_DONE, -1)
+
+
+@kernel
+def worker_pending(m: M, i: int, delay: int, rank: int, key: int) -> None:
+    """What a worker does next; ``key`` -1: it wakes."""
+    m.s[S.SEQ] += 1
+    m.w[W.TIME, i] = m.s[S.NOW] + delay
+    m.w[W.RANK, i] = rank
+    m.w[W.SEQ, i] = m.s[S.SEQ]
+    m.w[W.KEY, i] = key
+    m.w[W.SPAN, i] = m.s[S.NOW]
+
+
+@kernel
+def worker(m: M, i: int) -> None:
+    """``Host._work``: an expert is done, or the worker wakes; then the next one, or sleep."""
+    key = m.w[W.KEY, i]
+    if key >= 0:
+        span(m, ON_CPU, m.w[W.SPAN, i], key)
+        m.s[S.CPU_RUNNING] -= 1
+        m.k[K.PINNED, key] = 0
+        notify(m)
+    if m.s[S.H_HEAD] == m.s[S.H_TAIL]:
+        m.w[W.TIME, i] = FAR
+        m.asleep[m.s[S.ASLEEP_TAIL] % len(m.asleep)] = i
+        m.s[S.ASLEEP_TAIL] += 1
+        return
+    key = m.hq[m.s[S.H_HEAD] % len(m.hq)]
+    m.s[S.H_HEAD] += 1
+    worker_pending(m, i, m.k[K.CPU_NS, key], COMPUTE_DONE, key)

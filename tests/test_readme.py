@@ -1,0 +1,200 @@
+"""What the READMEs say is so: commands run, examples work, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesim.analysis.picture import main as draw_picture
+from moesim.cli import main
+from moesim.policies import SEATS
+from moesim.policy import check_policy
+from moesim.registry import seat_class
+from moesim.traces.reader import TraceReader
+from moesim.traces.samples import trace_path
+from moesim.types import Needs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "moesim/README.md",
+        "policies/README.md",
+        "traces/README.md",
+        "real/README.md",
+        "analysis/README.md",
+        "tests/README.md",
+    )
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for named, text in fences if named == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The moesim commands of a page's ``sh`` blocks, without ``moesim`` itself."""
+    found = []
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        words = words[words.index("moesim") + 1 :]
+        found.append(words)
+    return found
+
+
+EVERY_COMMAND = [(page, words) for page in PAGES if page.exists() for words in commands(page)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder where a reader of policies/README.md has saved ``mine.py``."""
+    path = tmp_path_factory.mktemp("reader")
+    first, second, _ = blocks(ROOT / "policies" / "README.md", "python")
+    (path / "mine.py").write_text(first + second)
+    sys.path.insert(0, str(path))
+    yield path
+    sys.path.remove(str(path))
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("words", [w for _, w in EVERY_COMMAND], ids=" ".join)
+def test_a_command_of_a_page_works(
+    words: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out and not err
+    if "--json" in words:
+        assert all("not_run" not in run for run in json.loads(out)["runs"])
+    else:
+        assert "not run" not in out
+
+
+def setup_commands() -> list[str]:
+    """The README's commands that set up and do: one for the main job, one for the tests."""
+    return [text.strip() for text in blocks(ROOT / "README.md", "")]
+
+
+def test_two_commands_set_up_and_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tests = setup_commands()
+    assert run.count("\n") == tests.count("\n") == 0
+    *setup, job = run.split(" && ")
+    assert setup == ["python3 -m venv .venv", ".venv/bin/pip install ."]
+    program, *words = shlex.split(job)
+    assert program == ".venv/bin/moesim"
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    for name in words[words.index("--policy") + 1].split(","):
+        assert len(re.findall(rf"^ {name} ", out, re.MULTILINE)) == 3
+    *setup, job = tests.split(" && ")
+    assert setup == ["python3 -m venv .venv", ".venv/bin/pip install -e '.[test]'"]
+    assert job == ".venv/bin/python -m pytest"
+
+
+def test_ci_runs_the_command_that_the_readme_gives() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -E '(.+)' README.md", script)
+    assert pattern
+    found = re.findall(pattern[1], (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert found == [setup_commands()[1]]
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=False).returncode == 0
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_policies_of_the_example_are_sound(folder: Path) -> None:
+    *_, check = blocks(ROOT / "policies" / "README.md", "python")
+    scope: dict[str, Any] = {}
+    exec(compile(check, "policies/README.md", "exec"), scope)
+    assert scope["check_policy"] is check_policy
+
+
+def test_the_example_has_at_most_30_lines() -> None:
+    first, *_ = blocks(ROOT / "policies" / "README.md", "python")
+    assert first.count("\n") <= 30
+
+
+def test_the_table_of_seats_is_whole() -> None:
+    rows = re.findall(
+        r"^\| (\w*) ?\| `([\w-]+)` \| .* \| ?(\w*) ?\|$",
+        (ROOT / "policies" / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    listed, kind = {}, ""
+    for seat, name, needs in rows:
+        kind = seat or kind
+        listed[f"{kind}.{name}"] = needs
+    assert list(listed) == sorted(listed, key=lambda n: list(listed).index(n))
+    assert set(listed) == set(SEATS)
+    for full, needs in listed.items():
+        seat_kind, _, name = full.partition(".")
+        declared = seat_class(seat_kind, name).needs
+        assert declared == (Needs[needs] if needs else Needs.NONE), full
+
+
+def test_the_sample_is_what_its_command_makes(tmp_path: Path) -> None:
+    (words,) = [w for w in commands(ROOT / "traces" / "README.md") if w[:2] == ["trace", "synth"]]
+    again = tmp_path / words[2]
+    assert main(["trace", "synth", str(again), *words[3:]]) == 0
+    with TraceReader(again) as made, TraceReader(trace_path("demo")) as shipped:
+        assert made.meta.digest == shipped.meta.digest
+        assert made.meta.to_json() == shipped.meta.to_json()
+
+
+def test_the_picture_is_what_its_command_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "analysis" / "README.md"
+    (words,) = commands(page)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    lru, ahead = (run["run_dir"] for run in json.loads(capsys.readouterr().out)["runs"])
+    (line,) = (text for text in blocks(page, "") if "moesim.analysis.picture" in text)
+    drawing = shlex.split(line.replace("RUN_OF_LRU", lru).replace("RUN_OF_NEXT_GATE", ahead))
+    assert draw_picture(drawing[drawing.index("moesim.analysis.picture") + 1 :]) == 0
+    drawn, shown = (tmp_path / "picture.svg").read_text(), (ROOT / "picture.svg").read_text()
+    assert drawn == shown, f"draw it again: {page.name} of analysis/ has the commands"
+    # The caption speaks of three quarters.
+    slow, quick = (float(ms) for ms in re.findall(r'text-anchor="end">([\d.]+) ms<', shown))
+    assert 0.7 < quick / slow < 0.8
+
+
+def test_every_number_of_the_answer_is_defined(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--policy", "next-gate", "--limit", "1", "--ladder", "--json")
+    assert main(["replay", "--trace", "demo", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    page = (ROOT / "moesim" / "README.md").read_text()
+    known = {part for name in re.findall(r"`([\w.]+)`", page) for part in name.split(".")}
+    (run,) = found["runs"]
+    assert not {*found, *run, *run["times_ns"], *run["served"], *run["prefetch"]} - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_map_of_folders_is_whole() -> None:
+    listed = set(re.findall(r"^\| \[`(\w+)/`\]", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert listed == {"moesim", "policies", "traces", "real", "analysis", "tests"}
