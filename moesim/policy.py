@@ -299,7 +299,13 @@ class SeatPolicy:
         plan = self.prefetch.plan(fact, cache)
         if plan.prefetches:
             states = cache.states
-            absent = [p.expert for p in plan.prefetches if states[p.expert] == State.ABSENT]
+            # What this gate demands is loaded by demand, and was touched in demand order.
+            asked = set(fact.experts.tolist()) if isinstance(fact, Gate) else ()
+            absent = [
+                p.expert
+                for p in plan.prefetches
+                if states[p.expert] == State.ABSENT and p.expert not in asked
+            ]
             self.keep.planned(absent)
         if isinstance(fact, Gate):
             serve = self.miss.serve(fact, cache)

@@ -23,7 +23,7 @@ from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
-from moesim.ledger import LedgerError
+from moesim.ledger import Ledger, LedgerError
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.registry import PolicySpec, resolve
@@ -230,16 +230,16 @@ class _Replay:
         return StaticBatch(self.request.batch, self.request.chunk_tokens)
 
     def _initial(self, spec: PolicySpec, world: World) -> tuple[list[ExpertId], bool]:
-        how = self._initial_kind(spec)
+        how, allocator = self._initial_kind(spec), self.request.options.allocator
         if how == "cold":
             return [], True
         if how == "file":
-            return _fitting(self.request.initial_experts, world), False
+            return _fitting(self.request.initial_experts, world, allocator), False
         if how == "all":
-            return _fitting(range(world.size), world), False
+            return _fitting(range(world.size), world, allocator), False
         uses = self.calibration()
         ranked = np.argsort(-uses, kind="stable")
-        return _fitting([int(e) for e in ranked if uses[e]], world), True
+        return _fitting([int(e) for e in ranked if uses[e]], world, allocator), True
 
     def _refuse(self, spec: PolicySpec, needs: Needs, inputs: Inputs) -> None:
         """NotRunError where the trace lacks what the policy needs."""
@@ -297,7 +297,9 @@ class _Replay:
                     pass
 
     def _steps(self) -> Iterator[Step]:
-        return timeless_steps((w[0] for w in self._works([Inputs()])), self._scheduler())
+        # How often an expert is used is asked for with arrivals too; then as if all were there.
+        works = (replace(w[0], arrival_ns=None) for w in self._works([Inputs()]))
+        return timeless_steps(works, self._scheduler())
 
     def future(self) -> KnownFuture:
         """The demand of the whole run, from a pass without a clock."""
@@ -558,8 +560,9 @@ def _lacking(needs: Needs, inputs: Inputs, meta: TraceMeta) -> Iterator[tuple[st
         yield "NORMS", "; --allow norms=unit stands in"
 
 
-def _fitting(experts: Sequence[ExpertId] | range, world: World) -> list[ExpertId]:
+def _fitting(experts: Sequence[ExpertId] | range, world: World, allocator: str) -> list[ExpertId]:
     """As many as fit, in order."""
+    ledger = Ledger(world.expert_bytes, world.experts, world.capacity_bytes, allocator=allocator)
     left = list(world.capacity_bytes)
     chosen = []
     for expert in experts:
@@ -569,7 +572,7 @@ def _fitting(experts: Sequence[ExpertId] | range, world: World) -> list[ExpertId
             )
         layer = expert // world.experts
         cache = layer if world.scope == "layer" else 0
-        nbytes = int(world.expert_bytes[0, layer])
+        nbytes = ledger.bytes_of[expert]
         if nbytes <= left[cache]:
             left[cache] -= nbytes
             chosen.append(expert)

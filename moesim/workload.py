@@ -76,6 +76,7 @@ class Work:
     gate: AnyArray | None = None
     ahead: Mapping[int, AnyArray] = field(default_factory=dict)
     norms: AnyArray | None = None
+    embedded: bool = False
     next_pass: int = 0
     next_token: int = 0
 
@@ -100,12 +101,12 @@ class Work:
 
     def prompt_embedding(self) -> AnyArray | None:
         """int32 [d], quantised, or None."""
-        return _quantised(self.rows.facts.prompt_embedding)
+        return _quantised(self.rows.facts.prompt_embedding) if self.embedded else None
 
     def embedding(self, number: int) -> AnyArray | None:
         """int32 [d] of one forward pass, quantised, or None."""
         iteration = int(self.rows.iteration[self.blocks[self.passes[number]]])
-        return _quantised(self.rows.embedding.get(iteration))
+        return _quantised(self.rows.embedding.get(iteration)) if self.embedded else None
 
 
 def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> Work:
@@ -126,6 +127,8 @@ def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> W
 
 def _add_inputs(work: Work, meta: TraceMeta, inputs: Inputs) -> None:
     rows, needs = work.rows, inputs.needs
+    # The column may have been decoded for another policy of the same pass.
+    work.embedded = Needs.EMBEDDING in needs
     if Needs.WEIGHTS in needs and rows.weights is not None:
         work.weights = _probabilities(rows.weights)
     if Needs.GATE in needs:

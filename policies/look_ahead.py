@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moesim.errors import UsageError
 from moesim.policy import CacheView, Future, PrefetchSeat, World
-from moesim.types import NO_PLAN, Fact, Gate, Needs, Plan, Prefetch
+from moesim.types import NO_PLAN, ExpertId, Fact, Gate, Needs, Plan, Prefetch
 
 
 @dataclass
@@ -32,10 +32,14 @@ class LookAhead(PrefetchSeat):
         if not isinstance(fact, Gate):
             return NO_PLAN
         last = min(fact.event + self.distance, self.future.events - 1)
+        # The nearest need of an expert counts: a later one must not put it off.
+        nearest: dict[ExpertId, int] = {}
+        for event in range(fact.event + 1, last + 1):
+            for expert in self.future.demand(event).tolist():
+                nearest.setdefault(expert, event)
         return Plan(
             prefetches=[
                 Prefetch(expert, expires=event, priority=-event)
-                for event in range(fact.event + 1, last + 1)
-                for expert in self.future.demand(event).tolist()
+                for expert, event in nearest.items()
             ]
         )

@@ -8,13 +8,12 @@ rules are there, what the arrays hold is in ``moesim.engine.fields``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from moesim.engine import kernel
 from moesim.engine.block import BlockMaker
-from moesim.engine.fields import C, D, E, K, Keep, O, S, T, W, Wish, X
+from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.engine.setup import Setup
 from moesim.engine.tally import FATES, Counts, RequestTimes, Tally
 from moesim.errors import UsageError
@@ -40,7 +39,7 @@ from moesim.policies.random_victim import Random
 from moesim.policies.slru import SLRU
 from moesim.policies.static import Static
 from moesim.policies.whole_layer import WholeLayer
-from moesim.policy import Policy, SeatPolicy
+from moesim.policy import Policy, SeatPolicy, restrict
 from moesim.timeline import LANES
 from moesim.types import NEVER, IntArray, Needs, Phase, Serve, State
 from moesim.workload import DONE, STARVED, Idle, KnownFuture, Step, Work, context_tokens
@@ -98,7 +97,7 @@ class FastEngine:
         assert isinstance(setup.policy, SeatPolicy)
         self.setup = setup
         self.policy = setup.policy
-        self.policy.begin(setup.world)
+        self.policy.begin(restrict(setup.world, self.policy.needs))
         self.tally = Tally(layer_stall_ns=[0] * setup.world.layers)
         self.spans: list[tuple[str, int, int, int]] | None = [] if setup.options.timeline else None
         self._future = self._needed_future()
@@ -261,117 +260,99 @@ class FastEngine:
 
 def _machine(setup: Setup, policy: SeatPolicy, future: KnownFuture | None) -> kernel.M:
     world = setup.world
-    size, experts = world.size, world.experts
-    kinds = sorted({int(b) for b in world.expert_bytes[0]})
-    curves = [setup.costs.chunk_ends(kind) for kind in kinds]
-    ends = np.zeros((len(kinds), max(map(len, curves))), np.int64)
-    for row, curve in enumerate(curves):
-        ends[row, : len(curve)] = curve
+    experts = world.experts
+    sizes = sorted({int(b) for b in world.expert_bytes[0]})
     distance = max(1, getattr(policy.prefetch, "distance", 1))
     wishes = experts * (distance + 1 if isinstance(policy.prefetch, LookAhead) else 2)
     workers = setup.costs.hardware.host.workers
-    f_ptr, f_ids = _future_table(policy, future)
+    width = max(world.size, 2 * experts + 2, workers + 1)
     machine = kernel.M(
-        s=np.zeros(len(S), np.int64),
-        o=_options(setup, policy),
-        k=_keys(setup, kinds),
-        x=_seats(policy),
+        s=_scalars(setup, policy, future),
+        k=_keys(setup, policy, sizes),
         c=_caches(setup, policy),
         w=np.zeros((len(W), workers), np.int64),
+        q=np.zeros((len(Q), width), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
-        res=np.zeros(size, np.int64),
-        ends=ends,
-        sizes=np.array([len(curve) for curve in curves], np.int64),
-        loads=np.array([setup.costs.load_ns(int(b)) for b in world.expert_bytes[0]], np.int64),
-        dq=np.zeros(2 * experts + 2, np.int64),
-        pq=np.zeros(size, np.int64),
-        aq=np.zeros(2 * experts + 2, np.int64),
-        rl=np.zeros(2 * experts + 2, np.int64),
-        hq=np.zeros(2 * experts + 2, np.int64),
-        asleep=np.zeros(workers + 1, np.int64),
-        vic=np.zeros(size, np.int64),
-        full=np.zeros(size, np.int64),
+        ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
         named=np.full((distance + 2, experts + 2), -1, np.int64),
-        one=np.zeros(1, np.int64),
-        pl=np.zeros((wishes + experts, 3), np.int64),
-        seen=np.zeros((world.layers, experts + 1), np.int64),
-        hot=getattr(policy.prefetch, "hot", np.zeros((1, 1))).astype(np.int64),
-        f_ptr=f_ptr,
-        f_ids=f_ids,
-        counts=np.zeros((len(Phase), len(Counts.__slots__)), np.int64),
-        stalls=np.zeros(world.layers, np.int64),
+        plan=np.zeros((wishes + experts, 3), np.int64),
+        known=_known(policy, world.layers, experts),
+        future=_future(policy, future),
+        counts=np.zeros((3, max(len(Counts.__slots__), world.layers)), np.int64),
         spans=np.zeros((SPANS, 4), np.int64),
         ev=np.zeros((1, len(E)), np.int64),
         dem=np.zeros((1, int(D.STATUS)), np.int64),
         said=np.zeros(1, np.int64),
         st=np.zeros((1, len(T)), np.int64),
     )
-    s = machine.s
-    s[S.EVENT] = s[S.L_KEY] = -1
-    s[S.C_TIME] = s[S.L_TIME] = NEVER
     machine.w[W.TIME] = NEVER
-    machine.asleep[:workers] = np.arange(workers)
-    s[S.ASLEEP_TAIL] = workers
+    machine.q[Q.ASLEEP, :workers] = np.arange(workers)
     return machine
 
 
-def _options(setup: Setup, policy: SeatPolicy) -> IntArray:
+def _curves(chunk_ends: Sequence[tuple[int, ...]]) -> IntArray:
+    ends = np.zeros((len(chunk_ends), 1 + max(map(len, chunk_ends))), np.int64)
+    for row, curve in enumerate(chunk_ends):
+        ends[row, 0] = len(curve)
+        ends[row, 1 : 1 + len(curve)] = curve
+    return ends
+
+
+def _scalars(setup: Setup, policy: SeatPolicy, future: KnownFuture | None) -> IntArray:
     world, options, costs = setup.world, setup.options, setup.costs
     prefetch, keep = policy.prefetch, policy.keep
     equal = len(set(world.expert_bytes[0].tolist())) == 1
-    o = np.zeros(len(O), np.int64)
-    o[O.LAYERS], o[O.EXPERTS], o[O.SIZE] = world.layers, world.experts, world.size
-    o[O.CACHES] = len(world.capacity_bytes)
-    o[O.KEEP] = KEEPS[type(keep)]
-    o[O.PREFETCH] = WISHES[type(prefetch)]
-    o[O.MISS] = SERVES[type(policy.miss)]
-    o[O.BYPASS] = policy.bypass
-    o[O.BARRIER] = options.order == "barrier"
-    o[O.STAGING] = world.top_k
-    o[O.SYNC], o[O.PLAN] = costs.sync_ns, costs.plan_ns
-    o[O.DISTANCE] = getattr(prefetch, "distance", 1)
-    o[O.CANCEL] = getattr(prefetch, "cancel", False)
-    o[O.DECODE_FROM] = world.decode_from
-    o[O.FACTOR] = getattr(keep, "factor", 0)
-    o[O.SEED] = world.seed
-    o[O.CHUNK] = costs.hardware.link.chunk_bytes
-    o[O.WORKERS] = costs.hardware.host.workers
-    o[O.SPANS] = options.timeline
-    o[O.ONE_VICTIM] = equal and not options.share_kv
-    return o
+    s = np.zeros(len(S) + len(O), np.int64)
+    s[S.EVENT] = s[S.L_KEY] = -1
+    s[S.C_TIME] = s[S.L_TIME] = NEVER
+    s[S.ASLEEP_TAIL] = costs.hardware.host.workers
+    s[O.LAYERS], s[O.EXPERTS], s[O.SIZE] = world.layers, world.experts, world.size
+    s[O.CACHES] = len(world.capacity_bytes)
+    s[O.KEEP] = KEEPS[type(keep)]
+    s[O.PREFETCH] = WISHES[type(prefetch)]
+    s[O.MISS] = SERVES[type(policy.miss)]
+    s[O.BYPASS] = policy.bypass
+    s[O.BARRIER] = options.order == "barrier"
+    s[O.STAGING] = world.top_k
+    s[O.SYNC], s[O.PLAN] = costs.sync_ns, costs.plan_ns
+    s[O.DISTANCE] = getattr(prefetch, "distance", 1)
+    s[O.CANCEL] = getattr(prefetch, "cancel", False)
+    s[O.DECODE_FROM] = world.decode_from
+    s[O.FACTOR] = getattr(keep, "factor", 0)
+    s[O.SEED] = world.seed
+    s[O.CHUNK] = costs.hardware.link.chunk_bytes
+    s[O.WORKERS] = costs.hardware.host.workers
+    s[O.SPANS] = options.timeline
+    s[O.RUN_EVENTS] = future.events if future is not None else 0
+    s[O.ONE_VICTIM] = equal and not options.share_kv
+    return s
 
 
-def _keys(setup: Setup, kinds: Sequence[int]) -> IntArray:
-    world = setup.world
+def _keys(setup: Setup, policy: SeatPolicy, sizes: Sequence[int]) -> IntArray:
+    world, keep = setup.world, policy.keep
     ledger = Ledger(
         world.expert_bytes,
         world.experts,
         world.capacity_bytes,
         allocator=setup.options.allocator,
     )
-    k = np.zeros((len(K), world.size), np.int64)
+    k = np.zeros((len(K) + len(X), world.size), np.int64)
     k[K.CACHE] = ledger.cache_of[: world.size]
     k[K.BYTES] = ledger.bytes_of[: world.size]
     k[K.COPY] = ledger.copy_bytes[: world.size]
     places = k[K.CACHE] + k[K.BYTES] * len(world.capacity_bytes)
     k[K.PLACE] = np.unique(places, return_inverse=True)[1]
-    k[K.CURVE] = np.searchsorted(kinds, k[K.COPY])
-    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.REPLACES):
-        k[name] = -1
+    k[K.CURVE] = np.searchsorted(sizes, k[K.COPY])
+    k[K.LOAD_NS] = np.array([setup.costs.load_ns(size) for size in sizes])[k[K.CURVE]]
     k[K.STATE] = State.ABSENT
-    return k
-
-
-def _seats(policy: SeatPolicy) -> IntArray:
-    """The keep seat's state after ``begin``."""
-    keep = policy.keep
-    x = np.zeros((len(X), len(keep.score)), np.int64)
-    x[X.SCORE] = keep.score
+    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.REPLACES, K.WISHED):
+        k[name] = -1
+    k[X.SCORE] = keep.score
     if isinstance(keep, LFRU):
-        x[X.LAST] = keep.last
+        k[X.LAST] = keep.last
     if isinstance(keep, LeastStale):
-        x[X.LAST] = keep.touched
-    return x
+        k[X.LAST] = keep.touched
+    return k
 
 
 def _caches(setup: Setup, policy: SeatPolicy) -> IntArray:
@@ -384,11 +365,20 @@ def _caches(setup: Setup, policy: SeatPolicy) -> IntArray:
     return c
 
 
-def _future_table(policy: SeatPolicy, future: KnownFuture | None) -> tuple[Any, Any]:
+def _known(policy: SeatPolicy, layers: int, experts: int) -> IntArray:
+    known = np.zeros((layers, 1 + experts), np.int64)
+    if isinstance(policy.prefetch, HotSet):
+        width = policy.prefetch.hot.shape[1]
+        known[:, 0] = width
+        known[:, 1 : 1 + width] = policy.prefetch.hot
+    return known
+
+
+def _future(policy: SeatPolicy, future: KnownFuture | None) -> IntArray:
     if future is None or not isinstance(policy.prefetch, LookAhead):
-        return np.zeros(1, np.int64), np.zeros(1, np.int32)
-    ptr, ids, _ = future.table
-    return ptr, ids
+        return np.zeros(1, np.int64)
+    starts, ids, _ = future.table
+    return np.concatenate([starts, ids.astype(np.int64)])
 
 
 # ---- from arrays to a tally ----------------------------------------------------------------------
@@ -396,8 +386,8 @@ def _future_table(policy: SeatPolicy, future: KnownFuture | None) -> tuple[Any, 
 
 def _read(m: kernel.M, tally: Tally) -> None:
     s: Callable[[S], int] = lambda row: int(m.s[row])  # noqa: E731
-    for phase, row in enumerate(m.counts.tolist()):
-        tally.phases[phase] = Counts(*row)
+    for phase in Phase:
+        tally.phases[phase] = Counts(*m.counts[phase, : len(Counts.__slots__)].tolist())
     fates = tally.prefetch
     fates.planned, fates.overtaken, fates.dropped = s(S.PLANNED), s(S.OVERTAKEN), s(S.DROPPED)
     fates.issued, fates.polluting = s(S.ISSUED), s(S.POLLUTING)
@@ -408,7 +398,7 @@ def _read(m: kernel.M, tally: Tally) -> None:
     times.dense, times.experts, times.sync = s(S.T_DENSE), s(S.T_EXPERTS), s(S.T_SYNC)
     times.plan, times.stall = s(S.T_PLAN), s(S.T_STALL)
     times.cpu_wait, times.idle = s(S.T_CPU), s(S.T_IDLE)
-    tally.layer_stall_ns = m.stalls.tolist()
+    tally.layer_stall_ns = m.counts[2, : len(tally.layer_stall_ns)].tolist()
     tally.served = {
         "fetch": s(S.SERVED_FETCH),
         "cpu": s(S.SERVED_CPU),

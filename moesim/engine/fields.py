@@ -117,10 +117,10 @@ class S(_Rows):
     T_IDLE = auto()
 
 
-class O(_Rows):  # noqa: E742
-    """Options and shapes: constant in a run."""
+class O(IntEnum):  # noqa: E742
+    """Options and shapes: constant in a run; they stand behind the scalars."""
 
-    LAYERS = auto()
+    LAYERS = len(S)
     EXPERTS = auto()
     SIZE = auto()
     CACHES = auto()
@@ -141,6 +141,8 @@ class O(_Rows):  # noqa: E742
     CHUNK = auto()
     WORKERS = auto()
     SPANS = auto()
+    RUN_EVENTS = auto()
+    """Layer events of the whole run, where the future is known."""
     ONE_VICTIM = auto()
     """A load evicts one copy at most."""
 
@@ -186,13 +188,16 @@ class K(_Rows):
     VICTIM = auto()
     """What its load evicted last, or -1."""
     NAMED = auto()
+    WISHED = auto()
+    """The layer event whose plan wished for it last."""
     CPU_NS = auto()
+    LOAD_NS = auto()
 
 
-class X(_Rows):
-    """The seats' state of an expert."""
+class X(IntEnum):
+    """The keep seat's state of an expert; it stands behind the facts of its key."""
 
-    SCORE = auto()
+    SCORE = len(K)
     COUNT = auto()
     LAST = auto()
     SEGMENT = auto()
@@ -263,6 +268,29 @@ class W(_Rows):
     SEQ = auto()
     KEY = auto()
     SPAN = auto()
+
+
+class Q(_Rows):
+    """Queues and lists, each a row as wide as the keys need."""
+
+    DEMAND = auto()
+    """Ring: demand that waits for the link, or is on it."""
+    PREFETCH = auto()
+    """The prefetch lane, most urgent first."""
+    ARRIVED = auto()
+    """Ring: demanded copies that have not computed."""
+    RELEASED = auto()
+    """Members that have computed, oldest first."""
+    HOST = auto()
+    """Ring: experts that wait for a host worker."""
+    ASLEEP = auto()
+    """Ring: workers without work."""
+    RESIDENT = auto()
+    """Residents, cache after cache."""
+    VICTIMS = auto()
+    FULL = auto()
+    """Places without room, while the link looks for what may go."""
+    ONE = auto()
 
 
 class Keep(IntEnum):

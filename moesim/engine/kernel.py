@@ -19,7 +19,7 @@ import numpy as np
 from moesim import hashing, log
 from moesim.engine import clock
 from moesim.engine.compiled import entry, kernel
-from moesim.engine.fields import C, D, Does, E, K, Keep, O, S, T, W, Wish, X
+from moesim.engine.fields import C, D, Does, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru
 from moesim.types import NEVER, Serve, State, Status
 
@@ -28,63 +28,33 @@ A = Any
 
 
 class M(NamedTuple):
-    """The machine: every array of a run. ``fields`` names the rows of the first ones."""
+    """The machine: every array of a run. Each function takes it whole; the fewer arrays, the less
+    there is to compile and to pass."""
 
     s: A
-    """Scalars [S]."""
-    o: A
-    """Options and shapes [O]."""
+    """Scalars and options [S, O]."""
     k: A
-    """Facts of keys [K, keys]."""
-    x: A
-    """The seats' state of experts [X, experts]."""
+    """Facts of keys, and the keep seat's state of their experts [K, X; keys]."""
     c: A
     """Facts of caches [C, caches]."""
     w: A
     """Host workers [W, workers]."""
+    q: A
+    """Queues and lists [Q, width]."""
     cur: A
     """Demand of the layer event under way [D, E]."""
-    res: A
-    """Residents, cache after cache."""
     ends: A
-    """Ends of chunks, by kind of copy [kinds, chunks]."""
-    sizes: A
-    """How many chunks a kind has [kinds]."""
-    loads: A
-    """Time of a load, by layer [layers]."""
-    dq: A
-    """Ring: demand that waits for the link, or is on it."""
-    pq: A
-    """The prefetch lane, most urgent first."""
-    aq: A
-    """Ring: demanded copies that arrived and have not computed."""
-    rl: A
-    """Members that have computed, oldest first."""
-    hq: A
-    """Ring: experts that wait for a host worker."""
-    asleep: A
-    """Ring: workers without work."""
-    vic: A
-    """Scratch: victims."""
-    full: A
-    """Scratch: places without room."""
+    """By kind of copy: how many chunks, then the end of each [kinds, 1 + chunks]."""
     named: A
     """Ring by layer event: (event, count, keys that plans named for it)."""
-    one: A
-    """Scratch [1]."""
-    pl: A
-    """The plan: cancelled keys, then (key, expiry, priority)."""
-    seen: A
-    """Last demand of each layer, its length first [layers, 1 + E]."""
-    hot: A
-    """Hottest experts of each layer."""
-    f_ptr: A
-    f_ids: A
-    """The demand of the whole run."""
+    plan: A
+    """Cancelled keys, then wishes: (key, expiry, priority)."""
+    known: A
+    """By layer: how many experts, then which: its last demand, or its hottest [layers, 1 + E]."""
+    future: A
+    """Where each event's demand begins, and the end; then the demand of the whole run."""
     counts: A
-    """``tally.Counts`` by phase."""
-    stalls: A
-    """Stall by layer."""
+    """``tally.Counts`` of the two phases; then the stall by layer."""
     spans: A
     """What the lanes did: (lane, start, end, key)."""
     ev: A
@@ -153,7 +123,7 @@ def record(m: M, kind: int, key: int) -> None:
 @kernel
 def span(m: M, lane: int, start: int, key: int) -> None:
     """What a lane did until now."""
-    if m.o[O.SPANS]:
+    if m.s[O.SPANS]:
         i = m.s[S.N_SPANS]
         m.spans[i, 0] = lane
         m.spans[i, 1] = start
@@ -209,21 +179,21 @@ def hash3(a: A, b: A, c: A) -> A:
 @kernel
 def worth(m: M, key: int) -> A:
     """The keep seat's score of a key's expert at the newest layer event."""
-    e = key % m.o[O.SIZE]
-    keep = m.o[O.KEEP]
+    e = key % m.s[O.SIZE]
+    keep = m.s[O.KEEP]
     if keep == Keep.LFU_DECAY:
-        return np.int64(_decayed(m.x[X.COUNT, e], m.x[X.SCORE, e]))
+        return np.int64(_decayed(m.k[X.COUNT, e], m.k[X.SCORE, e]))
     if keep == Keep.LFRU:
-        return np.int64(_lfru(m.x[X.COUNT, e], m.x[X.LAST, e], m.s[S.EVENT]))
+        return np.int64(_lfru(m.k[X.COUNT, e], m.k[X.LAST, e], m.s[S.EVENT]))
     if keep == Keep.LEAST_STALE:
-        layer = e // m.o[O.EXPERTS]
+        layer = e // m.s[O.EXPERTS]
         step, here = m.s[S.GATE_STEP], m.s[S.GATE_LAYER]
-        return np.int64(_stale(m.x[X.SCORE, e], m.x[X.LAST, e], step, layer, here))
+        return np.int64(_stale(m.k[X.SCORE, e], m.k[X.LAST, e], step, layer, here))
     if keep == Keep.SLRU:
-        return np.int64(_slru(m.x[X.SCORE, e], m.x[X.SEGMENT, e]))
+        return np.int64(_slru(m.k[X.SCORE, e], m.k[X.SEGMENT, e]))
     if keep == Keep.RANDOM:
-        return np.int64(hash3(m.o[O.SEED], m.s[S.EVENT], e) >> np.uint64(2))
-    return np.int64(m.x[X.SCORE, e])
+        return np.int64(hash3(m.s[O.SEED], m.s[S.EVENT], e) >> np.uint64(2))
+    return np.int64(m.k[X.SCORE, e])
 
 
 @kernel
@@ -232,8 +202,8 @@ def keep_gate(m: M) -> None:
     n = m.s[S.N_DEMAND]
     experts = m.cur[D.EXPERT, :n]
     clock = m.s[S.CLOCK : S.CLOCK + 1]
-    keep = m.o[O.KEEP]
-    score = m.x[X.SCORE]
+    keep = m.s[O.KEEP]
+    score = m.k[X.SCORE]
     if keep == Keep.LRU:
         _touch(score, clock, experts)
     elif keep == Keep.FIFO:
@@ -241,30 +211,30 @@ def keep_gate(m: M) -> None:
             if m.cur[D.STATUS, i] == MISS:
                 _touch(score, clock, m.cur[D.EXPERT, i : i + 1])
     elif keep == Keep.LFU or keep == Keep.LFU_INCACHE:
-        _count(score, m.x[X.COUNT], clock, experts)
+        _count(score, m.k[X.COUNT], clock, experts)
     elif keep == Keep.LFU_DECAY:
-        first = m.s[S.GATE_LAYER] * m.o[O.EXPERTS]
-        _fade(m.x[X.COUNT, first : first + m.o[O.EXPERTS]], m.o[O.FACTOR])
+        first = m.s[S.GATE_LAYER] * m.s[O.EXPERTS]
+        _fade(m.k[X.COUNT, first : first + m.s[O.EXPERTS]], m.s[O.FACTOR])
         for i in range(n):
-            m.x[X.COUNT, experts[i]] += lfu_decay.ONE
+            m.k[X.COUNT, experts[i]] += lfu_decay.ONE
         _touch(score, clock, experts)
     elif keep == Keep.LFRU:
         for i in range(n):
-            m.x[X.COUNT, experts[i]] += 1
-            m.x[X.LAST, experts[i]] = m.s[S.EVENT]
+            m.k[X.COUNT, experts[i]] += 1
+            m.k[X.LAST, experts[i]] = m.s[S.EVENT]
     elif keep == Keep.LEAST_STALE:
         _touch(score, clock, experts)
         for i in range(n):
-            m.x[X.LAST, experts[i]] = m.s[S.GATE_STEP]
+            m.k[X.LAST, experts[i]] = m.s[S.GATE_STEP]
     elif keep == Keep.SLRU:
         if n:
-            cache = experts[0] // (m.o[O.SIZE] // m.o[O.CACHES])
-            first = cache * (m.o[O.SIZE] // m.o[O.CACHES])
-            held = m.c[C.PROTECTED, cache] + _promote(m.x[X.SEGMENT], experts, m.cur[D.STATUS, :n])
+            cache = experts[0] // (m.s[O.SIZE] // m.s[O.CACHES])
+            first = cache * (m.s[O.SIZE] // m.s[O.CACHES])
+            held = m.c[C.PROTECTED, cache] + _promote(m.k[X.SEGMENT], experts, m.cur[D.STATUS, :n])
             _touch(score, clock, experts)
             excess = max(0, held - m.c[C.LIMIT, cache])
-            last = first + m.o[O.SIZE] // m.o[O.CACHES]
-            _shed(score, m.x[X.SEGMENT], clock, first, last, excess)
+            last = first + m.s[O.SIZE] // m.s[O.CACHES]
+            _shed(score, m.k[X.SEGMENT], clock, first, last, excess)
             m.c[C.PROTECTED, cache] = held - excess
     elif keep == Keep.MIN:
         for i in range(n):
@@ -275,28 +245,28 @@ def keep_gate(m: M) -> None:
 def keep_planned(m: M) -> None:
     """An absent expert was just planned (``KeepSeat.planned``); ``one`` is int64 [1]."""
     clock = m.s[S.CLOCK : S.CLOCK + 1]
-    keep = m.o[O.KEEP]
-    score = m.x[X.SCORE]
+    keep = m.s[O.KEEP]
+    score = m.k[X.SCORE]
     if keep == Keep.LFU or keep == Keep.LFU_INCACHE:
-        _stamp(score, m.x[X.COUNT], clock, m.one)
+        _stamp(score, m.k[X.COUNT], clock, m.q[Q.ONE, :1])
     elif keep == Keep.LFRU:
-        m.x[X.LAST, m.one[0]] = m.s[S.EVENT]
+        m.k[X.LAST, m.q[Q.ONE, 0]] = m.s[S.EVENT]
     elif keep == Keep.LEAST_STALE:
-        _touch(score, clock, m.one)
-        m.x[X.LAST, m.one[0]] = m.s[S.GATE_STEP]
+        _touch(score, clock, m.q[Q.ONE, :1])
+        m.k[X.LAST, m.q[Q.ONE, 0]] = m.s[S.GATE_STEP]
     elif keep == Keep.LRU or keep == Keep.FIFO or keep == Keep.LFU_DECAY or keep == Keep.SLRU:
-        _touch(score, clock, m.one)
+        _touch(score, clock, m.q[Q.ONE, :1])
 
 
 @kernel
 def keep_evicted(m: M, key: int) -> None:
     """A copy went (``KeepSeat.note``)."""
-    e = key % m.o[O.SIZE]
-    if m.o[O.KEEP] == Keep.LFU_INCACHE:
-        m.x[X.COUNT, e] = 0
-    elif m.o[O.KEEP] == Keep.SLRU and m.x[X.SEGMENT, e]:
-        m.x[X.SEGMENT, e] = 0
-        m.c[C.PROTECTED, e // (m.o[O.SIZE] // m.o[O.CACHES])] -= 1
+    e = key % m.s[O.SIZE]
+    if m.s[O.KEEP] == Keep.LFU_INCACHE:
+        m.k[X.COUNT, e] = 0
+    elif m.s[O.KEEP] == Keep.SLRU and m.k[X.SEGMENT, e]:
+        m.k[X.SEGMENT, e] = 0
+        m.c[C.PROTECTED, e // (m.s[O.SIZE] // m.s[O.CACHES])] -= 1
 
 
 # ---- the ledger ----------------------------------------------------------------------------------
@@ -321,7 +291,7 @@ def land_copy(m: M, key: int) -> None:
     """``Ledger.land``."""
     cache = m.k[K.CACHE, key]
     at = m.c[C.FIRST, cache] + m.c[C.RESIDENTS, cache]
-    m.res[at] = key
+    m.q[Q.RESIDENT, at] = key
     m.k[K.AT, key] = at
     m.c[C.RESIDENTS, cache] += 1
     m.k[K.STATE, key] = RESIDENT
@@ -362,15 +332,15 @@ def p_insert(m: M, key: int) -> None:
     """Put a prefetch in its place: larger priority first, then older."""
     i = m.s[S.P_COUNT]
     while i > 0:
-        before = m.pq[i - 1]
+        before = m.q[Q.PREFETCH, i - 1]
         if m.k[K.PRIORITY, before] > m.k[K.PRIORITY, key] or (
             m.k[K.PRIORITY, before] == m.k[K.PRIORITY, key]
             and m.k[K.TSEQ, before] < m.k[K.TSEQ, key]
         ):
             break
-        m.pq[i] = before
+        m.q[Q.PREFETCH, i] = before
         i -= 1
-    m.pq[i] = key
+    m.q[Q.PREFETCH, i] = key
     m.s[S.P_COUNT] += 1
     m.k[K.PENDING, key] = 1
 
@@ -380,10 +350,10 @@ def p_remove(m: M, key: int) -> None:
     """Take a prefetch out of its lane."""
     n = m.s[S.P_COUNT]
     i = 0
-    while m.pq[i] != key:
+    while m.q[Q.PREFETCH, i] != key:
         i += 1
     for j in range(i, n - 1):
-        m.pq[j] = m.pq[j + 1]
+        m.q[Q.PREFETCH, j] = m.q[Q.PREFETCH, j + 1]
     m.s[S.P_COUNT] = n - 1
     m.k[K.PENDING, key] = 0
 
@@ -403,7 +373,7 @@ def expire(m: M) -> None:
     while True:
         oldest = -1
         for i in range(m.s[S.P_COUNT]):
-            key = m.pq[i]
+            key = m.q[Q.PREFETCH, i]
             if (
                 m.k[K.EXPIRES, key] <= m.s[S.EVENT]
                 and not m.k[K.IS_ISSUED, key]
@@ -418,10 +388,10 @@ def expire(m: M) -> None:
 @kernel
 def was_used(m: M, key: int) -> None:
     """A prefetch proved right: what it evicted can blame it no more."""
-    if m.o[O.ONE_VICTIM]:
+    if m.s[O.ONE_VICTIM]:
         forgive(m, m.k[K.VICTIM, key], key)
     else:
-        for victim in range(m.o[O.SIZE]):
+        for victim in range(m.s[O.SIZE]):
             forgive(m, victim, key)
 
 
@@ -448,7 +418,7 @@ def drop(m: M, key: int) -> None:
 @kernel
 def moved_bytes(m: M, key: int) -> A:
     """``Link._moved_bytes``."""
-    chunk = m.o[O.CHUNK] if m.o[O.CHUNK] else m.k[K.COPY, key]
+    chunk = m.s[O.CHUNK] if m.s[O.CHUNK] else m.k[K.COPY, key]
     return min(m.k[K.COPY, key], m.k[K.SENT, key] * chunk)
 
 
@@ -484,8 +454,8 @@ def evict(m: M, key: int, cause: int) -> None:
     """``Link._evict``; ``cause`` is the key of the load, or -1."""
     cache = m.k[K.CACHE, key]
     last = m.c[C.FIRST, cache] + m.c[C.RESIDENTS, cache] - 1
-    moved = m.res[last]
-    m.res[m.k[K.AT, key]] = moved
+    moved = m.q[Q.RESIDENT, last]
+    m.q[Q.RESIDENT, m.k[K.AT, key]] = moved
     m.k[K.AT, moved] = m.k[K.AT, key]
     m.c[C.RESIDENTS, cache] -= 1
     m.k[K.STATE, key] = ABSENT
@@ -519,14 +489,14 @@ def is_candidate(m: M, key: int, load: int, mine: int) -> bool:
     if m.k[K.PINNED, key]:
         return False
     if m.k[K.IS_DEMANDED, load]:
-        return m.k[K.MEMBER, key] != m.s[S.EVENT]
+        return bool(m.k[K.MEMBER, key] != m.s[S.EVENT])
     if (
         m.k[K.HELD, key]
         and m.k[K.HOLD_EXPIRES, key] > m.s[S.EVENT]
         and m.k[K.HOLD_PRIORITY, key] >= m.k[K.PRIORITY, load]
     ):
         return False
-    return not m.o[O.BYPASS] or worth(m, key) < mine
+    return not m.s[O.BYPASS] or worth(m, key) < mine
 
 
 @kernel
@@ -535,13 +505,13 @@ def choose(m: M, load: int, lacking: int) -> int:
     cache = m.k[K.CACHE, load]
     first = m.c[C.FIRST, cache]
     last = first + m.c[C.RESIDENTS, cache]
-    mine = worth(m, load) if m.o[O.BYPASS] else 0
+    mine = worth(m, load) if m.s[O.BYPASS] else 0
     total = 0
     n = 0
     best = -1
     best_worth = 0
     for at in range(first, last):
-        key = m.res[at]
+        key = m.q[Q.RESIDENT, at]
         if is_candidate(m, key, load, mine):
             total += m.k[K.BYTES, key]
             w = worth(m, key)
@@ -550,41 +520,41 @@ def choose(m: M, load: int, lacking: int) -> int:
                 best_worth = w
             n += 1
     if best >= 0 and m.k[K.BYTES, best] >= lacking:
-        m.vic[0] = best
+        m.q[Q.VICTIMS, 0] = best
         return 1
     waves = 0
     if not m.k[K.IS_PREFETCH, load]:
         for i in range(m.s[S.R_COUNT]):
-            if is_released(m, m.rl[i], cache):
-                waves += m.k[K.BYTES, m.rl[i]]
+            if is_released(m, m.q[Q.RELEASED, i], cache):
+                waves += m.k[K.BYTES, m.q[Q.RELEASED, i]]
     if total + waves < lacking:
         return -1
     chosen = 0
     while lacking > 0 and chosen < n:
         best = -1
         for at in range(first, last):
-            key = m.res[at]
+            key = m.q[Q.RESIDENT, at]
             if not is_candidate(m, key, load, mine):
                 continue
             w = worth(m, key)
             if chosen:
                 # Behind the one chosen before, by (worth, key).
-                before = m.vic[chosen - 1]
+                before = m.q[Q.VICTIMS, chosen - 1]
                 floor = worth(m, before)
                 if w < floor or (w == floor and key <= before):
                     continue
             if best < 0 or w < best_worth or (w == best_worth and key < best):
                 best = key
                 best_worth = w
-        m.vic[chosen] = best
+        m.q[Q.VICTIMS, chosen] = best
         chosen += 1
         lacking -= m.k[K.BYTES, best]
     i = 0
     while lacking > 0:
-        if is_released(m, m.rl[i], cache):
-            m.vic[chosen] = m.rl[i]
+        if is_released(m, m.q[Q.RELEASED, i], cache):
+            m.q[Q.VICTIMS, chosen] = m.q[Q.RELEASED, i]
             chosen += 1
-            lacking -= m.k[K.BYTES, m.rl[i]]
+            lacking -= m.k[K.BYTES, m.q[Q.RELEASED, i]]
         i += 1
     return chosen
 
@@ -599,7 +569,7 @@ def is_released(m: M, key: int, cache: int) -> bool:
 def issue(m: M, key: int) -> int:
     """``Link._issue``: 1, or 0 if there is no room now."""
     if m.k[K.IS_STAGED, key]:
-        if m.s[S.STAGED] == m.o[O.STAGING]:
+        if m.s[S.STAGED] == m.s[O.STAGING]:
             return 0
         m.s[S.STAGED] += 1
         m.k[K.STATE, key] = IN_FLIGHT
@@ -615,14 +585,14 @@ def issue(m: M, key: int) -> int:
             elif m.k[K.PINNED, swap] or m.k[K.BYTES, swap] < lacking:
                 return 0
             else:
-                m.vic[0] = swap
+                m.q[Q.VICTIMS, 0] = swap
                 n = 1
         elif lacking > 0:
             n = choose(m, key, lacking)
             if n < 0:
                 return 0
         for i in range(n):
-            evict(m, m.vic[i], key)
+            evict(m, m.q[Q.VICTIMS, i], key)
         m.k[K.STATE, key] = IN_FLIGHT
         book(m, key, 1)
     m.k[K.IS_ISSUED, key] = 1
@@ -641,41 +611,41 @@ def link_grant(m: M) -> None:
     """``Link._next`` and the beginning of ``_send``."""
     pick = -1
     if m.s[S.D_HEAD] != m.s[S.D_TAIL]:
-        head = m.dq[m.s[S.D_HEAD] % len(m.dq)]
+        head = m.q[Q.DEMAND, m.s[S.D_HEAD] % m.q.shape[1]]
         ok = 1
         if not m.k[K.IS_ISSUED, head]:
             ok = issue(m, head)
         if ok == 1:
             pick = head
-        elif m.o[O.BARRIER] and not m.s[S.BLOCKED]:
-            m.s[S.BLOCKED] = 1
-            notify(m)
     if pick < 0:
         tried = 0
         for i in range(m.s[S.P_COUNT]):
-            key = m.pq[i]
+            key = m.q[Q.PREFETCH, i]
             if m.k[K.IS_ISSUED, key]:
                 pick = key
                 break
             place = m.k[K.PLACE, key]
             seen = False
             for j in range(tried):
-                seen = seen or m.full[j] == place
+                seen = seen or m.q[Q.FULL, j] == place
             if not seen:
                 ok = issue(m, key)
                 if ok == 1:
                     pick = key
                     break
-                if m.k[K.REPLACES, key] < 0 and not m.o[O.BYPASS]:
-                    m.full[tried] = place
+                if m.k[K.REPLACES, key] < 0 and not m.s[O.BYPASS]:
+                    m.q[Q.FULL, tried] = place
                     tried += 1
     if pick < 0:
         m.s[S.L_TIME] = FAR
+        if m.s[S.D_HEAD] != m.s[S.D_TAIL] and m.s[O.BARRIER] and not m.s[S.BLOCKED]:
+            m.s[S.BLOCKED] = 1
+            notify(m)
         return
     row = m.k[K.CURVE, pick]
     sent = m.k[K.SENT, pick]
-    last = m.sizes[row] if m.k[K.IS_DEMANDED, pick] else sent + 1
-    duration = m.ends[row, last - 1] - (m.ends[row, sent - 1] if sent else 0)
+    last = m.ends[row, 0] if m.k[K.IS_DEMANDED, pick] else sent + 1
+    duration = m.ends[row, last] - (m.ends[row, sent] if sent else 0)
     m.s[S.L_KEY] = pick
     m.s[S.L_LAST] = last
     m.s[S.L_SPAN] = m.s[S.NOW]
@@ -702,7 +672,7 @@ def link_done(m: M) -> None:
     m.s[S.L_KEY] = -1
     guess = m.k[K.IS_PREFETCH, key] and not m.k[K.IS_DEMANDED, key]
     span(m, SPECULATIVE if guess else DEMAND, m.s[S.L_SPAN], key)
-    if sent == m.sizes[row]:
+    if sent == m.ends[row, 0]:
         landed(m, key)
     elif m.k[K.IS_CANCELLED, key]:
         abandon(m, key)
@@ -720,13 +690,13 @@ def landed(m: M, key: int) -> None:
     if m.k[K.IS_DEMANDED, key]:
         # Out of the demand queue: the head, unless one under way was promoted behind it.
         i = m.s[S.D_HEAD]
-        while m.dq[i % len(m.dq)] != key:
+        while m.q[Q.DEMAND, i % m.q.shape[1]] != key:
             i += 1
         while i > m.s[S.D_HEAD]:
-            m.dq[i % len(m.dq)] = m.dq[(i - 1) % len(m.dq)]
+            m.q[Q.DEMAND, i % m.q.shape[1]] = m.q[Q.DEMAND, (i - 1) % m.q.shape[1]]
             i -= 1
         m.s[S.D_HEAD] += 1
-        m.aq[m.s[S.A_TAIL] % len(m.aq)] = key
+        m.q[Q.ARRIVED, m.s[S.A_TAIL] % m.q.shape[1]] = key
         m.s[S.A_TAIL] += 1
         notify(m)
     else:
@@ -757,7 +727,7 @@ def release(m: M, key: int) -> None:
         unstage(m, key)
     else:
         m.k[K.PINNED, key] = 0
-        m.rl[m.s[S.R_COUNT]] = key
+        m.q[Q.RELEASED, m.s[S.R_COUNT]] = key
         m.s[S.R_COUNT] += 1
     wake_link(m)
 
@@ -777,14 +747,14 @@ def unstage(m: M, key: int) -> None:
         best = -1
         best_worth = mine
         for at in range(first, last):
-            other = m.res[at]
+            other = m.q[Q.RESIDENT, at]
             if m.k[K.PINNED, other]:
                 continue
             w = worth(m, other)
             if w >= mine:
                 continue
             if n:
-                before = m.vic[n - 1]
+                before = m.q[Q.VICTIMS, n - 1]
                 floor = worth(m, before)
                 if w < floor or (w == floor and other <= before):
                     continue
@@ -794,12 +764,12 @@ def unstage(m: M, key: int) -> None:
         if best < 0:
             adopt = False
             break
-        m.vic[n] = best
+        m.q[Q.VICTIMS, n] = best
         n += 1
         lacking -= m.k[K.BYTES, best]
     if adopt:
         for i in range(n):
-            evict(m, m.vic[i], -1)
+            evict(m, m.q[Q.VICTIMS, i], -1)
     hold_bytes(m, -m.k[K.BYTES, key])
     m.k[K.PINNED, key] = 0
     m.k[K.IS_STAGED, key] = 0
@@ -897,7 +867,7 @@ def claim(m: M) -> None:
             m.k[K.IS_DEMANDED, key] = 1
             m.k[K.IS_CANCELLED, key] = 0
             p_remove(m, key)
-            m.dq[m.s[S.D_TAIL] % len(m.dq)] = key
+            m.q[Q.DEMAND, m.s[S.D_TAIL] % m.q.shape[1]] = key
             m.s[S.D_TAIL] += 1
             m.s[S.LATE] += 1
             m.s[S.LATE_BYTES] += m.k[K.COPY, key]
@@ -920,7 +890,7 @@ def demand(m: M) -> None:
         how = m.cur[D.SERVE, i]
         if how == FETCH:
             m.s[S.SERVED_FETCH] += 1
-            new_transfer(m, key, m.cur[D.PHASE, i], i, 0, m.o[O.BYPASS])
+            new_transfer(m, key, m.cur[D.PHASE, i], i, 0, m.s[O.BYPASS])
             waiting += 1
             continue
         word(m, log.SERVED)
@@ -934,7 +904,7 @@ def demand(m: M) -> None:
             m.s[S.SERVED_CPU] += 1
             m.s[S.CPU_RUNNING] += 1
             m.k[K.CPU_NS, key] = m.cur[D.CPU_NS, i]
-            m.hq[m.s[S.H_TAIL] % len(m.hq)] = key
+            m.q[Q.HOST, m.s[S.H_TAIL] % m.q.shape[1]] = key
             m.s[S.H_TAIL] += 1
         else:
             m.s[S.SERVED_SKIP] += 1
@@ -943,20 +913,20 @@ def demand(m: M) -> None:
         if m.cur[D.STATUS, i] == MISS and m.cur[D.SERVE, i] == FETCH:
             key = m.cur[D.EXPERT, i]
             m.k[K.STATE, key] = QUEUED
-            m.dq[m.s[S.D_TAIL] % len(m.dq)] = key
+            m.q[Q.DEMAND, m.s[S.D_TAIL] % m.q.shape[1]] = key
             m.s[S.D_TAIL] += 1
     m.s[S.WAITING] = waiting
 
 
 @kernel
-def serve(m: M, n: int, load_ns: int) -> None:
+def serve(m: M) -> None:
     """The built-in miss seats."""
-    if m.o[O.MISS] == FETCH:
+    if m.s[O.MISS] == FETCH:
         return
-    for i in range(n):
+    for i in range(m.s[S.N_DEMAND]):
         if m.cur[D.STATUS, i] == MISS:
-            quick = m.cur[D.CPU_NS, i] <= load_ns + m.cur[D.NS, i]
-            if m.o[O.MISS] == CPU or quick:
+            device_ns = m.k[K.LOAD_NS, m.cur[D.EXPERT, i]] + m.cur[D.NS, i]
+            if m.s[O.MISS] == CPU or m.cur[D.CPU_NS, i] <= device_ns:
                 m.cur[D.SERVE, i] = CPU
 
 
@@ -975,7 +945,7 @@ def name(m: M, key: int, expires: int) -> None:
     n = m.named[row, 1]
     if m.k[K.NAMED, key] == expires:
         return
-    if m.o[O.PREFETCH] == Wish.FUTURE:
+    if m.s[O.PREFETCH] == Wish.FUTURE:
         for i in range(n):
             if m.named[row, 2 + i] == key:
                 return
@@ -1009,46 +979,50 @@ def wish(m: M, key: int, expires: int, priority: int, order: int, replaces: int)
 @kernel
 def ahead(m: M, layer: int, distance: int) -> A:
     """``World.ahead``."""
-    beyond = layer + distance - m.o[O.LAYERS]
+    beyond = layer + distance - m.s[O.LAYERS]
     if beyond < 0:
         return layer + distance
-    return m.o[O.DECODE_FROM] + beyond % (m.o[O.LAYERS] - m.o[O.DECODE_FROM])
+    return m.s[O.DECODE_FROM] + beyond % (m.s[O.LAYERS] - m.s[O.DECODE_FROM])
 
 
 @kernel
 def plan(m: M, first: int) -> int:
     """The built-in prefetch seats: fills the plan from row ``first`` on; how many wishes."""
-    what = m.o[O.PREFETCH]
+    what = m.s[O.PREFETCH]
     layer = m.s[S.GATE_LAYER]
     n = first
     if what == Wish.PREVIOUS:
-        m.seen[layer, 0] = m.s[S.N_DEMAND]
+        m.known[layer, 0] = m.s[S.N_DEMAND]
         for i in range(m.s[S.N_DEMAND]):
-            m.seen[layer, 1 + i] = m.cur[D.EXPERT, i]
-        target = ahead(m, layer, m.o[O.DISTANCE])
-        for i in range(m.seen[target, 0]):
-            n = put(m, n, m.seen[target, 1 + i])
+            m.known[layer, 1 + i] = m.cur[D.EXPERT, i]
+        target = ahead(m, layer, m.s[O.DISTANCE])
+        for i in range(m.known[target, 0]):
+            n = put(m, n, m.known[target, 1 + i])
     elif what == Wish.AHEAD:
-        base = (layer + m.o[O.DISTANCE]) * m.o[O.EXPERTS]
+        base = (layer + m.s[O.DISTANCE]) * m.s[O.EXPERTS]
         row = m.ev[m.s[S.ROW], E.PLAN]
-        if base < m.o[O.SIZE]:
+        if base < m.s[O.SIZE]:
             for i in range(m.ev[m.s[S.ROW], E.PLANS]):
                 n = put(m, n, base + m.said[row + i])
     elif what == Wish.HOT:
-        target = ahead(m, layer, m.o[O.DISTANCE])
-        for i in range(m.hot.shape[1]):
-            n = put(m, n, m.hot[target, i])
+        target = ahead(m, layer, m.s[O.DISTANCE])
+        for i in range(m.known[target, 0]):
+            n = put(m, n, m.known[target, 1 + i])
     elif what == Wish.WHOLE:
-        base = ahead(m, layer, m.o[O.DISTANCE]) * m.o[O.EXPERTS]
-        for i in range(m.o[O.EXPERTS]):
+        base = ahead(m, layer, m.s[O.DISTANCE]) * m.s[O.EXPERTS]
+        for i in range(m.s[O.EXPERTS]):
             n = put(m, n, base + i)
     elif what == Wish.FUTURE:
-        last = min(m.s[S.EVENT] + m.o[O.DISTANCE], len(m.f_ptr) - 2)
+        last = min(m.s[S.EVENT] + m.s[O.DISTANCE], m.s[O.RUN_EVENTS] - 1)
         for event in range(m.s[S.EVENT] + 1, last + 1):
-            for i in range(m.f_ptr[event], m.f_ptr[event + 1]):
-                m.pl[n, 0] = m.f_ids[i]
-                m.pl[n, 1] = event
-                m.pl[n, 2] = -event
+            for i in range(m.future[event], m.future[event + 1]):
+                key = m.future[m.s[O.RUN_EVENTS] + 1 + i]
+                if m.k[K.WISHED, key] == m.s[S.EVENT]:
+                    continue
+                m.k[K.WISHED, key] = m.s[S.EVENT]
+                m.plan[n, 0] = key
+                m.plan[n, 1] = event
+                m.plan[n, 2] = -event
                 n += 1
     return n - first
 
@@ -1056,9 +1030,9 @@ def plan(m: M, first: int) -> int:
 @kernel
 def put(m: M, n: int, key: int) -> int:
     """One more wish, for the layer event ``distance`` on."""
-    m.pl[n, 0] = key
-    m.pl[n, 1] = m.s[S.EVENT] + m.o[O.DISTANCE]
-    m.pl[n, 2] = 0
+    m.plan[n, 0] = key
+    m.plan[n, 1] = m.s[S.EVENT] + m.s[O.DISTANCE]
+    m.plan[n, 2] = 0
     return n + 1
 
 
@@ -1069,12 +1043,12 @@ def put(m: M, n: int, key: int) -> int:
 def run(m: M) -> bool:
     """Let events happen until the block of steps is done (True) or the spans are full (False)."""
     while True:
-        if m.o[O.SPANS] and m.s[S.N_SPANS] > len(m.spans) - 4:
+        if m.s[O.SPANS] and m.s[S.N_SPANS] > len(m.spans) - 4:
             return False
         who, when, rank, seq = 0, m.s[S.C_TIME], m.s[S.C_RANK], m.s[S.C_SEQ]
         if before(m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ], when, rank, seq):
             who, when, rank, seq = 1, m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ]
-        for i in range(m.o[O.WORKERS]):
+        for i in range(m.s[O.WORKERS]):
             if before(m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i], when, rank, seq):
                 who, when, rank, seq = 2 + i, m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i]
         m.s[S.NOW] = when
@@ -1098,7 +1072,7 @@ def run(m: M) -> bool:
         elif does == Does.STALLED or does == Does.BARRIER:
             stall = m.s[S.NOW] - m.s[S.C_SPAN]
             m.s[S.T_STALL] += stall
-            m.stalls[m.s[S.GATE_LAYER]] += stall
+            m.counts[2, m.s[S.GATE_LAYER]] += stall
             if stall:
                 span(m, STALL, m.s[S.C_SPAN], -1)
             if does == Does.BARRIER and not barrier(m):
@@ -1113,23 +1087,22 @@ def run(m: M) -> bool:
             m.s[S.T_DENSE] += m.s[S.NOW] - m.s[S.C_SPAN]
             if m.s[S.NOW] > m.s[S.C_SPAN]:
                 span(m, DENSE, m.s[S.C_SPAN], -1)
-            m.s[S.T_SYNC] += m.o[O.SYNC]
-            pending(m, m.o[O.SYNC], GATE, Does.GATE)
+            m.s[S.T_SYNC] += m.s[O.SYNC]
+            pending(m, m.s[O.SYNC], GATE, Does.GATE)
             continue
         elif does == Does.GATE:
             gate(m)
-            layer = m.s[S.GATE_LAYER]
-            serve(m, m.s[S.N_DEMAND], m.loads[layer])
-            if m.o[O.PLAN] and m.ev[m.s[S.ROW], E.DENSE_NS] >= 0:
-                m.s[S.T_PLAN] += m.o[O.PLAN]
-                pending(m, m.o[O.PLAN], GATE, Does.PLANNED)
+            serve(m)
+            if m.s[O.PLAN] and m.ev[m.s[S.ROW], E.DENSE_NS] >= 0:
+                m.s[S.T_PLAN] += m.s[O.PLAN]
+                pending(m, m.s[O.PLAN], GATE, Does.PLANNED)
                 continue
             planned(m)
-            if m.o[O.BARRIER] and not barrier(m):
+            if m.s[O.BARRIER] and not barrier(m):
                 continue
         elif does == Does.PLANNED:
             planned(m)
-            if m.o[O.BARRIER] and not barrier(m):
+            if m.s[O.BARRIER] and not barrier(m):
                 continue
         elif does == Does.HEAD:
             m.s[S.T_DENSE] += m.s[S.NOW] - m.s[S.C_SPAN]
@@ -1168,41 +1141,46 @@ def begin_step(m: M) -> None:
     m.st[row, T.MISSES] = -m.counts[0, 3] - m.counts[1, 3]
     m.s[S.ROW] = m.st[row, T.FIRST]
     if m.st[row, T.KV_BYTES] >= 0:
-        for cache in range(m.o[O.CACHES]):
+        for cache in range(m.s[O.CACHES]):
             m.c[C.CAPACITY, cache] = max(0, m.c[C.WHOLE, cache] - m.st[row, T.KV_BYTES])
-        for cache in range(m.o[O.CACHES]):
+        for cache in range(m.s[O.CACHES]):
             shrink(m, cache)
 
 
 @kernel
 def shrink(m: M, cache: int) -> None:
-    """``Link.shrink`` of one cache."""
+    """``Link.shrink`` of one cache, and ``_abandon_paused``."""
     lacking = m.c[C.USED, cache] - m.c[C.CAPACITY, cache]
     first = m.c[C.FIRST, cache]
     n = 0
     floor: A = np.int64(0)
-    # The first choice is a single copy that suffices, as anywhere; else by worth.
     while lacking > 0:
         best = -1
         best_worth = np.int64(0)
         for at in range(first, first + m.c[C.RESIDENTS, cache]):
-            key = m.res[at]
+            key = m.q[Q.RESIDENT, at]
             value = worth(m, key)
             if m.k[K.PINNED, key]:
                 continue
-            if n and (value < floor or (value == floor and key <= m.vic[n - 1])):
+            if n and (value < floor or (value == floor and key <= m.q[Q.VICTIMS, n - 1])):
                 continue
             if best < 0 or value < best_worth or (value == best_worth and key < best):
                 best = key
                 best_worth = value
         if best < 0:
             break
-        m.vic[n] = best
+        m.q[Q.VICTIMS, n] = best
         floor = best_worth
         n += 1
         lacking -= m.k[K.BYTES, best]
     for i in range(n):
-        evict(m, m.vic[i], -1)
+        evict(m, m.q[Q.VICTIMS, i], -1)
+    i = m.s[S.P_COUNT] - 1
+    while i >= 0 and m.c[C.USED, cache] > m.c[C.CAPACITY, cache]:
+        key = m.q[Q.PREFETCH, i]
+        if m.k[K.IS_ISSUED, key] and m.s[S.L_KEY] != key and m.k[K.CACHE, key] == cache:
+            abandon(m, key)
+        i -= 1
 
 
 @kernel
@@ -1244,12 +1222,15 @@ def gate(m: M) -> None:
     cancels = refuted(m)
     count_predicted(m)
     claim(m)
+    expire(m)
+    wake_link(m)
     keep_gate(m)
     m.s[S.N_CANCEL] = cancels
     m.s[S.N_PLAN] = plan(m, cancels)
     for i in range(m.s[S.N_PLAN]):
-        if m.k[K.STATE, m.pl[cancels + i, 0]] == ABSENT:
-            m.one[0] = m.pl[cancels + i, 0]
+        key = m.plan[cancels + i, 0]
+        if m.k[K.STATE, key] == ABSENT and m.k[K.MEMBER, key] != m.s[S.EVENT]:
+            m.q[Q.ONE, 0] = key
             keep_planned(m)
 
 
@@ -1258,11 +1239,11 @@ def refuted(m: M) -> int:
     """``NextGate._refuted``: what was named for this gate and is not demanded, into ``pl``."""
     n = 0
     row = m.s[S.EVENT] % len(m.named)
-    if m.o[O.CANCEL] and m.named[row, 0] == m.s[S.EVENT]:
+    if m.s[O.CANCEL] and m.named[row, 0] == m.s[S.EVENT]:
         for i in range(m.named[row, 1]):
             key = m.named[row, 2 + i]
             if m.k[K.MEMBER, key] != m.s[S.EVENT]:
-                m.pl[n, 0] = key
+                m.plan[n, 0] = key
                 n += 1
     return n
 
@@ -1274,13 +1255,12 @@ def planned(m: M) -> None:
     demand(m)
     for _ in range(m.s[S.H_TAIL] - before_cpu):
         wake_worker(m)
-    expire(m)
     for i in range(m.s[S.N_CANCEL]):
-        cancel(m, m.pl[i, 0])
+        cancel(m, m.plan[i, 0])
     first = m.s[S.N_CANCEL]
     for i in range(m.s[S.N_PLAN]):
         row = first + i
-        wish(m, m.pl[row, 0], m.pl[row, 1], m.pl[row, 2], i, -1)
+        wish(m, m.plan[row, 0], m.plan[row, 1], m.plan[row, 2], i, -1)
     wake_link(m)
     m.s[S.NEXT_HIT] = 0
     m.s[S.COMPUTED] = 0
@@ -1310,7 +1290,7 @@ def next_expert(m: M) -> bool:
         if m.s[S.A_HEAD] == m.s[S.A_TAIL]:
             wait(m, Does.STALLED)
             return True
-        key = m.aq[m.s[S.A_HEAD] % len(m.aq)]
+        key = m.q[Q.ARRIVED, m.s[S.A_HEAD] % m.q.shape[1]]
         m.s[S.A_HEAD] += 1
         m.s[S.COMPUTED] += 1
         m.s[S.C_KEY] = key
@@ -1345,7 +1325,7 @@ def place(m: M, key: int) -> None:
 def finish(m: M) -> None:
     """``Link.finish``."""
     for i in range(m.s[S.P_COUNT]):
-        key = m.pq[i]
+        key = m.q[Q.PREFETCH, i]
         if m.k[K.IS_ISSUED, key]:
             moved = moved_bytes(m, key)
             m.s[S.IN_FLIGHT_BYTES] += moved
@@ -1354,7 +1334,7 @@ def finish(m: M) -> None:
             m.s[S.UNUSED_AT_END_BYTES] += moved
         else:
             m.s[S.DROPPED] += 1
-    for key in range(m.o[O.SIZE]):
+    for key in range(m.s[O.SIZE]):
         if m.k[K.UNUSED, key]:
             m.s[S.UNUSED_AT_END] += 1
             m.s[S.UNUSED_AT_END_BYTES] += m.k[K.COPY, key]
@@ -1367,7 +1347,7 @@ def finish(m: M) -> None:
 def wake_worker(m: M) -> None:
     """``Host._wake``."""
     if m.s[S.ASLEEP_HEAD] != m.s[S.ASLEEP_TAIL]:
-        i = m.asleep[m.s[S.ASLEEP_HEAD] % len(m.asleep)]
+        i = m.q[Q.ASLEEP, m.s[S.ASLEEP_HEAD] % m.q.shape[1]]
         m.s[S.ASLEEP_HEAD] += 1
         worker_pending(m, i, 0, WORKER_DONE, -1)
 
@@ -1391,12 +1371,13 @@ def worker(m: M, i: int) -> None:
         span(m, ON_CPU, m.w[W.SPAN, i], key)
         m.s[S.CPU_RUNNING] -= 1
         m.k[K.PINNED, key] = 0
+        wake_link(m)
         notify(m)
     if m.s[S.H_HEAD] == m.s[S.H_TAIL]:
         m.w[W.TIME, i] = FAR
-        m.asleep[m.s[S.ASLEEP_TAIL] % len(m.asleep)] = i
+        m.q[Q.ASLEEP, m.s[S.ASLEEP_TAIL] % m.q.shape[1]] = i
         m.s[S.ASLEEP_TAIL] += 1
         return
-    key = m.hq[m.s[S.H_HEAD] % len(m.hq)]
+    key = m.q[Q.HOST, m.s[S.H_HEAD] % m.q.shape[1]]
     m.s[S.H_HEAD] += 1
     worker_pending(m, i, m.k[K.CPU_NS, key], COMPUTE_DONE, key)

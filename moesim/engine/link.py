@@ -243,7 +243,6 @@ class Link:
             head = self._demand[0]
             if head.issued or self._issue(head):
                 return head
-            self._blocked()
         full: set[tuple[int, int]] = set()
         for transfer in sorted(self._prefetch.values(), key=_urgency):
             if transfer.issued:
@@ -255,6 +254,8 @@ class Link:
             # own victim or its own score decides.
             if transfer.replaces < 0 and not self.policy.bypass:
                 full.add(place)
+        if self._demand:
+            self._blocked()
         return None
 
     def _issue(self, transfer: Transfer) -> bool:
@@ -507,13 +508,24 @@ class Link:
         for cache in range(len(self.ledger.capacity)):
             lacking = -self.ledger.free(cache)
             free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
-            if lacking <= 0 or not free:
-                continue
-            for victim in self._by_worth(free, lacking):
+            for victim in self._by_worth(free, lacking) if lacking > 0 else ():
                 if lacking <= 0:
                     break
                 lacking -= self.ledger.bytes_of[victim]
                 self._evict(victim, None)
+            self._abandon_paused(cache)
+
+    def _abandon_paused(self, cache: int) -> None:
+        """Give up pre-empted prefetches, the least urgent first, while a cache is over.
+
+        The one that moves always fits: a cache holds at least one expert.
+        """
+        for transfer in sorted(self._prefetch.values(), key=_urgency, reverse=True):
+            if self.ledger.free(cache) >= 0:
+                return
+            paused = transfer.issued and transfer is not self._in_service
+            if paused and self.ledger.cache_of[transfer.key] == cache:
+                self._abandon(transfer)
 
     def _settle_fate(self, transfer: Transfer, fate: str, nbytes: int | None = None) -> None:
         if transfer.prefetch:

@@ -31,6 +31,7 @@ from moesim.engine.tally import RequestTimes, Tally
 from moesim.engine.view import View
 from moesim.errors import PolicyError
 from moesim.ledger import ABSENT, RESIDENT, Ledger
+from moesim.policy import restrict
 from moesim.types import (
     NEVER,
     AnyArray,
@@ -106,13 +107,15 @@ class ReferenceEngine:
         self._times: dict[int, RequestTimes] = {}
         self._arrivals: deque[Transfer] = deque()
         self._cpu_running = 0
+        self._unserved: frozenset[int] = frozenset()
+        """Misses of a gate whose plan is still being paid for."""
         self._link_blocked = False
         self._waiting: simpy.Event | None = None
         self._starved: simpy.Event | None = None
         self._done = False
         self._named: dict[int, set[int]] = {}
         self._expert_ns: dict[tuple[int, int, int], int] = {}
-        self.policy.begin(world)
+        self.policy.begin(restrict(world, self.policy.needs))
         self.clock.process(self._serve())
         self.clock.process(self.link.run())
 
@@ -265,7 +268,6 @@ class ReferenceEngine:
             yield self.clock.after(plan_ns, GATE)
             times.plan += plan_ns
         waiting = self._demand(gate, plan)
-        self.link.expire()
         self._apply(plan, Phase(gate.source.slots[0].phase))
         self.link.wake()
         yield from self._compute(gate, waiting)
@@ -282,12 +284,16 @@ class ReferenceEngine:
                 demand = union(source, self.setup.world.experts, routed)
         status = self._judge(demand)
         gate = Gate(source, demand.experts, demand.tokens, status, demand.phases)
+        self._unserved = frozenset(gate.experts[status == MISS].tolist())
         self.link.members = set(demand.experts.tolist())
         self.link.released.clear()
         self.ledger.pinned |= self.link.members
         self._log_gate(gate)
         self._count_predicted(gate)
         self._claim(gate)
+        # What was held for this event, or is useless from now on, may make way at once.
+        self.link.expire()
+        self.link.wake()
         return gate, self._tell_plan(gate)
 
     def _judge(self, demand: Demand) -> AnyArray:
@@ -328,6 +334,7 @@ class ReferenceEngine:
 
     def _demand(self, gate: Gate, plan: Plan) -> int:
         """Serve the misses; the number of experts that the compute lane must wait for."""
+        self._unserved = frozenset()
         missing: list[Transfer] = []
         for order in np.flatnonzero(gate.status == MISS).tolist():
             key = int(gate.experts[order])
@@ -430,6 +437,7 @@ class ReferenceEngine:
     def _on_cpu_done(self, key: int) -> None:
         self._cpu_running -= 1
         self.ledger.pinned.discard(key)
+        self.link.wake()
         self._notify()
 
     # ---- plans -----------------------------------------------------------------------------------
@@ -498,12 +506,23 @@ class ReferenceEngine:
             pending.cancelled = False
         elif state == RESIDENT:
             self.link.hold(key, wish.priority, wish.expires)
-        elif state == ABSENT:
+        elif state == ABSENT and key not in self._unserved:
             # Demand comes first in an event's order; 1 << 19 is more than any demand.
             transfer = self.link.transfer(key, phase, (1 << 19) + order, prefetch=True)
             transfer.priority, transfer.expires = wish.priority, wish.expires
-            transfer.replaces = wish.replaces
+            transfer.replaces = self._replaced(wish, key)
             self.link.enqueue(transfer)
+
+    def _replaced(self, wish: Prefetch, key: int) -> int:
+        if wish.replaces < 0:
+            return -1
+        replaced = self._key(wish.replaces, 0)
+        if self.ledger.cache_of[replaced] != self.ledger.cache_of[key]:
+            raise PolicyError(
+                f"layer event {self.link.event}: expert {wish.expert} cannot replace "
+                f"{wish.replaces}, which another cache holds"
+            )
+        return replaced
 
     # ---- laws ------------------------------------------------------------------------------------
 

@@ -1,0 +1,340 @@
+"""Runs the reference engine on a case without files, and watches it from outside.
+
+``Watch`` keeps its own books from the calls it sees (what was reserved, landed, evicted, demanded)
+and asserts the laws at every event of the clock, so that an engine cannot be right by its own word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from moesim import log
+from moesim.costs import make_costs
+from moesim.engine.reference import ReferenceEngine
+from moesim.engine.setup import Setup
+from moesim.engine.tally import Tally
+from moesim.policy import Policy, SeatPolicy, World
+from moesim.registry import PolicySpec, resolve
+from moesim.types import Needs, Plan, State
+from moesim.workload import (
+    Inputs,
+    KnownFuture,
+    StaticBatch,
+    Work,
+    flat_events,
+    layer_events,
+    prepare,
+    timeless_steps,
+)
+from tests.strategies import Case
+
+NAMES = {getattr(log, n): n.lower() for n in ("GATE", "END", "ISSUE", "LAND", "EVICT", "DROP")}
+NAMES |= {log.CANCEL: "cancel", log.SERVED: "served"}
+
+Record = tuple[Any, ...]
+"""(what, when_ns, words...), as the engine logged it."""
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+PLAIN = Inputs()
+
+
+def works_of(case: Case, inputs: Inputs = PLAIN, arrivals: bool = True) -> Iterator[Work]:
+    """The requests of a case, prepared."""
+    for index, rows in enumerate(case.requests):
+        work = prepare(index, rows, case.meta, inputs)
+        if not arrivals:
+            work.arrival_ns = None
+        yield work
+
+
+def future_of(case: Case) -> KnownFuture:
+    """The demand of the whole run; arrivals are left out."""
+    scheduler = StaticBatch(case.batch, case.chunk_tokens)
+    cut = flat_events if case.options.flat else layer_events
+    demands = [
+        item.demand.experts
+        for step in timeless_steps(works_of(case, arrivals=False), scheduler)
+        for item in cut(step, 0, case.meta.experts)
+    ]
+    return KnownFuture(demands, case.meta.layers * case.meta.experts)
+
+
+def inputs_of(policy: Policy) -> Inputs:
+    """What a policy reads from the trace."""
+    distances = policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
+    return Inputs(policy.needs, distances)
+
+
+def fitting(case: Case, experts: Sequence[int]) -> list[int]:
+    """As many of these experts as fit, in order."""
+    left, booked = list(case.capacity_bytes), case.booked()
+    chosen = []
+    for expert in experts:
+        layer = expert // case.meta.experts
+        cache = layer if case.scope == "layer" else 0
+        if booked[layer] <= left[cache]:
+            left[cache] -= booked[layer]
+            chosen.append(expert)
+    return chosen
+
+
+def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
+    """A configuration as ``moesim.replay`` would make it."""
+    future = future_of(case)
+    size = case.meta.layers * case.meta.experts
+    costs = make_costs(case.model, case.hardware)
+    world = World(
+        layers=case.meta.layers,
+        experts=case.meta.experts,
+        top_k=case.meta.top_k,
+        expert_bytes=case.model.expert_bytes_table()[None, :],
+        capacity_bytes=case.capacity_bytes,
+        scope="layer" if case.meta.layers == 1 else case.scope,
+        decode_from=case.meta.stack_ranges()[-1][1],
+        seed=case.seed,
+        costs=costs,
+        calibration=future.counts if Needs.CALIBRATION in policy.needs else None,
+        future=future if Needs.FUTURE in policy.needs else None,
+    )
+    hottest = [int(e) for e in np.argsort(-future.counts, kind="stable") if future.counts[e]]
+    order = {"cold": [], "static": hottest, "some": list(range(0, size, 2))}
+    chosen = order.get(case.initial or initial, list(range(size)))
+    return Setup(
+        policy=policy,
+        world=world,
+        costs=costs,
+        scheduler=StaticBatch(case.batch, case.chunk_tokens),
+        options=case.options,
+        initial=fitting(case, chosen),
+        initial_charged=case.charged,
+        kv_bytes_per_token=int(case.model.kv_bytes_table().sum()),
+    )
+
+
+def drive(engine: ReferenceEngine, works: Iterator[Work]) -> Tally:
+    """Feed and run to the end."""
+    for work in works:
+        engine.offer(work)
+        engine.advance()
+    engine.close()
+    while not engine.advance():
+        pass
+    return engine.tally
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Run:
+    """A finished run: its tally, the log, the spans of the lanes, what the policy answered."""
+
+    tally: Tally
+    records: list[Record]
+    spans: list[tuple[str, int, int, int]]
+    answers: list[tuple[int, str]]
+
+    def of(self, what: str) -> list[Record]:
+        """The records of one kind."""
+        return [r for r in self.records if r[0] == what]
+
+    def lane(self, *names: str) -> list[tuple[int, int, int]]:
+        """(start, end, key) of the spans of some lanes, in order of their end."""
+        return [s[1:] for s in self.spans if s[0] in names]
+
+
+def run(case: Case, name: str = "lru", *settings: str, policy: Policy | None = None) -> Run:
+    """Run one policy under watch. A policy that sees the future has no arrivals."""
+    engine, works = start(case, name, *settings, policy=policy)
+    watch = Watch(engine, case)
+    tally = drive(engine, works)
+    return watch.finished(tally)
+
+
+def start(
+    case: Case, name: str = "lru", *settings: str, policy: Policy | None = None
+) -> tuple[ReferenceEngine, Iterator[Work]]:
+    """An engine and what to feed it."""
+    spec = spec_of(name, *settings)
+    made = spec.build() if policy is None else policy
+    engine = ReferenceEngine(setup_of(case, made, spec.initial))
+    arrivals = Needs.FUTURE not in made.needs
+    return engine, works_of(case, inputs_of(made), arrivals)
+
+
+@cache
+def spec_of(name: str, *settings: str) -> PolicySpec:
+    """A policy by name, with its seats swapped. Looking for installed ones takes long."""
+    return resolve([name], settings)[0]
+
+
+def without_arrivals(case: Case) -> Case:
+    """Requests that are there from the start."""
+    facts = [replace(r.facts, arrival_ns=None) for r in case.requests]
+    made = [replace(r, facts=f) for r, f in zip(case.requests, facts, strict=True)]
+    return replace(case, requests=tuple(made))
+
+
+# ---- watching ------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Asserts laws I3, I4, I5, I9 and I10 while an engine runs."""
+
+    def __init__(self, engine: ReferenceEngine, case: Case) -> None:
+        self.engine = engine
+        self.case = case
+        self.booked = case.booked()
+        self.records: list[Record] = []
+        self.answers: list[tuple[int, str]] = []
+        self._uncomputed: set[int] = set()
+        self._wrap(engine.clock, "step", self._step)
+        self._wrap(engine.link.log, "add", self._log)
+        self._wrap(engine.ledger, "evict", self._evict)
+        self._wrap(engine, "_run_expert", self._run_expert)
+        self._wrap(engine.host, "_expert_done", self._computed)
+        engine.policy = engine.link.policy = Recorder(engine.policy, self.answers)
+
+    def _wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        inner = getattr(owner, name)
+        setattr(owner, name, lambda *args: wrapper(inner, *args))
+
+    def _step(self, inner: Callable[[], None]) -> None:
+        clock, before = self.engine.clock, self.engine.clock.now
+        idle = self._idle()
+        inner()
+        assert clock.now >= before, "I5: the clock goes back"
+        assert clock.now == before or not idle, f"I10: the link rests from {before} on, and {idle}"
+        self._capacity()
+
+    def _capacity(self) -> None:
+        """I3: reserved and resident bytes, counted here, fit."""
+        ledger, case = self.engine.ledger, self.case
+        staged = {k for k, t in self.engine.link.flying.items() if t.staged}
+        held = [0] * len(ledger.capacity)
+        for key in np.flatnonzero(ledger.state >= 2).tolist():
+            if key not in staged:
+                held[self._cache(key)] += self.booked[self._layer(key)]
+        assert held == ledger.used, "I3: the ledger's books are wrong"
+        over = [h > c for h, c in zip(held, ledger.capacity, strict=True)]
+        assert not any(over), f"I3: {held} bytes held of {ledger.capacity}"
+        assert len(staged) <= case.meta.top_k, "rule 8: more staged than k"
+
+    def _idle(self) -> str:
+        """I10: what a resting link may send; empty if nothing."""
+        link = self.engine.link
+        if link._in_service is not None:
+            return ""
+        if link._demand and self._demand_fits(link._demand[0]):
+            return "a demand has room"
+        for transfer in link._prefetch.values():
+            if transfer.issued:
+                return "a prefetch is under way"
+            if self._prefetch_fits(transfer):
+                return "a prefetch has room"
+        return ""
+
+    def _demand_fits(self, transfer: Any) -> bool:
+        ledger, link = self.engine.ledger, self.engine.link
+        if transfer.staged:
+            return sum(t.staged for t in link.flying.values()) < self.case.meta.top_k
+        return self._room(transfer.key, ledger.residents[self._cache(transfer.key)])
+
+    def _prefetch_fits(self, transfer: Any) -> bool:
+        """Rule 5, stated again: what another wish of no lower priority still holds stays."""
+        link, policy = self.engine.link, self.engine.policy
+        if transfer.replaces >= 0:
+            there = transfer.replaces in self.engine.ledger.residents[self._cache(transfer.key)]
+            return self._room(transfer.key, {transfer.replaces} if there else set())
+        free = set()
+        for key in self.engine.ledger.residents[self._cache(transfer.key)]:
+            priority, expires = link.holds.get(key, (0, -1))
+            if expires <= link.event or priority < transfer.priority:
+                free.add(key)
+        if policy.bypass and free:
+            worth = policy.scores(np.array([transfer.key, *sorted(free)]), link.event)
+            free = {k for k, w in zip(sorted(free), worth[1:], strict=True) if w < worth[0]}
+        return self._room(transfer.key, free)
+
+    def _room(self, key: int, may_go: set[int]) -> bool:
+        ledger, cache = self.engine.ledger, self._cache(key)
+        freed = sum(self.booked[self._layer(k)] for k in may_go - ledger.pinned)
+        return ledger.capacity[cache] - ledger.used[cache] + freed >= self.booked[self._layer(key)]
+
+    def _log(self, inner: Callable[..., None], what: int, *words: int) -> None:
+        inner(what, *words)
+        self.records.append((NAMES[what], *words))
+        if what == log.GATE:
+            self._uncomputed = {word // 4 for word in words[5:]}
+
+    def _evict(self, inner: Callable[[int], None], key: int) -> None:
+        assert key not in self._uncomputed, f"I9: {key} is demanded and goes before it computed"
+        inner(key)
+
+    def _run_expert(self, inner: Callable[..., Any], key: int, *more: int) -> Any:
+        link, ledger = self.engine.link, self.engine.ledger
+        flying = link.flying.get(key)
+        staged = flying is not None and flying.staged and flying.sent == len(flying.ends)
+        assert ledger.state[key] == State.RESIDENT or staged, f"I5: {key} has not arrived"
+        assert key in self._uncomputed, f"I5: {key} computes twice, or unasked"
+        yield from self._until_computed(inner(key, *more), key)
+
+    def _until_computed(self, inner: Any, key: int) -> Any:
+        # The copy must stay until its compute has ended, which is when ``inner`` releases it.
+        for event in inner:
+            yield event
+            self._uncomputed.discard(key)
+        self._uncomputed.discard(key)
+
+    def _computed(self, inner: Callable[[int], None], key: int) -> None:
+        self._uncomputed.discard(key)
+        inner(key)
+
+    def _layer(self, key: int) -> int:
+        return key // self.case.meta.experts
+
+    def _cache(self, key: int) -> int:
+        return self._layer(key) if len(self.engine.ledger.capacity) > 1 else 0
+
+    def finished(self, tally: Tally) -> Run:
+        """The end of a run: I4."""
+        spans = self.engine.spans or []
+        sent = [s[1:3] for s in spans if s[0] in ("demand", "prefetch")]
+        assert all(a[1] <= b[0] for a, b in pairwise(sent)), "I4: transfers overlap"
+        busy = sum(end - begin for begin, end in sent) + tally.times.initial
+        assert busy == tally.link_busy_ns, "I4: busy time is not the sum"
+        computed = [s[1:3] for s in spans if s[0] in ("dense", "expert")]
+        assert all(a[1] <= b[0] for a, b in pairwise(computed)), "I4: the compute lane overlaps"
+        assert not self._uncomputed or not tally.events, "I1: an expert was never computed"
+        return Run(tally, self.records, spans, self.answers)
+
+
+class Recorder:
+    """Passes everything to a policy and notes what was asked and answered."""
+
+    def __init__(self, inner: Any, answers: list[tuple[int, str]]) -> None:
+        self.inner = inner
+        self.answers = answers
+        self.event = -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def on(self, fact: Any, cache: Any) -> Plan:
+        self.event = getattr(fact, "event", self.event)
+        plan: Plan = self.inner.on(fact, cache)
+        self.answers.append((self.event, f"{type(fact).__name__} {plan}"))
+        return plan
+
+    def note(self, fact: Any) -> None:
+        self.inner.note(fact)
+        self.answers.append((self.event, repr(fact)))

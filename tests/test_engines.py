@@ -1,0 +1,82 @@
+"""Law I8: the compiled engine equals the reference, log and nanosecond."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesim.engine.fast import KEEPS, SERVES, WISHES, FastEngine, compiled
+from moesim.engine.reference import ReferenceEngine
+from moesim.errors import UsageError
+from moesim.policies import SEATS
+from moesim.policies.presets import PRESETS
+from moesim.policy import PlainPolicy
+from moesim.registry import resolve, seat_class
+from moesim.types import Needs
+from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
+from tests.strategies import Case, cases, specs
+from tests.test_laws import mixed_case
+
+
+def outcome(engine_of: Any, case: Case, name: str, *settings: str) -> dict[str, Any]:
+    """Everything that an engine counted, and what its lanes did."""
+    spec = spec_of(name, *settings)
+    policy = spec.build()
+    engine = engine_of(setup_of(case, policy, spec.initial))
+    arrivals = Needs.FUTURE not in policy.needs
+    try:
+        tally = drive(engine, works_of(case, inputs_of(policy), arrivals))
+    except UsageError as error:
+        return {"refused": str(error)}
+    lanes = sorted(engine.spans or [])
+    return {**asdict(tally), "lanes": lanes}
+
+
+def equal(case: Case, name: str, *settings: str) -> None:
+    """Assert that nothing differs, naming what does."""
+    reference = outcome(ReferenceEngine, case, name, *settings)
+    fast = outcome(FastEngine, case, name, *settings)
+    differ = {k: (v, fast.get(k)) for k, v in reference.items() if v != fast.get(k)}
+    assert not differ
+
+
+@given(cases(), specs())
+def test_i8_on_whatever_can_be_made(case: Case, spec: tuple[str, tuple[str, ...]]) -> None:
+    name, settings = spec
+    equal(case, name, *settings)
+
+
+KEEP, PREFETCH, MISS = (
+    [name.partition(".")[2] for name in SEATS if name.startswith(f"{kind}.")]
+    for kind in ("keep", "prefetch", "miss")
+)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_i8_every_seat_with_every_other(number: int) -> None:
+    rng = np.random.default_rng(100 + number)
+    for keep, prefetch, miss in list(product(KEEP, PREFETCH, MISS))[number::4]:
+        equal(mixed_case(rng), "lru", f"keep={keep}", f"prefetch={prefetch}", f"miss={miss}")
+
+
+@given(cases(), st.sampled_from(sorted(PRESETS)))
+def test_i8_in_flat_mode(case: Case, name: str) -> None:
+    equal(replace(case, options=replace(case.options, flat=True)), name)
+
+
+def test_every_built_in_seat_is_compiled() -> None:
+    known = {*KEEPS, *WISHES, *SERVES}
+    for name in SEATS:
+        kind, _, seat = name.partition(".")
+        assert seat_class(kind, seat) in known or kind == "route"
+    assert all(compiled(resolve([name])[0].build()) for name in PRESETS)
+
+
+def test_a_plain_policy_is_refused_by_name() -> None:
+    assert not compiled(PlainPolicy())
