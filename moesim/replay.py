@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from moesim.degrade import Allowed
 from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
+from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.ledger import Ledger, LedgerError
 from moesim.policy import Policy, SeatPolicy, World
@@ -73,9 +74,30 @@ class Request:
     limit: int | None = None
     seed: int = 0
     ladder: bool = False
-    engine: str = "reference"
+    engine: str = "auto"
+    """"fast", "reference", or "auto": fast for policies made of built-in seats."""
     out: Path | None = None
     batch_rows: int = 65536
+
+
+class Engine(Protocol):
+    """What a replay drives; both engines give the same answers."""
+
+    tally: Tally
+    spans: list[tuple[str, int, int, int]] | None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that it runs."""
+
+    def offer(self, work: Work) -> None:
+        """The next request of the trace."""
+
+    def close(self) -> None:
+        """No request follows."""
+
+    def advance(self) -> bool:
+        """Run until the run is done (True) or the next request is needed (False)."""
 
 
 Progress = Callable[[int, int], None]
@@ -91,7 +113,8 @@ class _Run:
     inputs: Inputs
     manifest: dict[str, Any]
     run_id: str
-    engine: ReferenceEngine | None = None
+    engine_name: str
+    engine: Engine | None = None
     summary: dict[str, Any] | None = None
     rung: str = ""
 
@@ -171,14 +194,29 @@ class _Replay:
         ]
 
     def _configure(self, spec: PolicySpec, capacity: Capacity, inputs: Inputs) -> _Run:
-        manifest = self._manifest(spec, capacity)
-        run = _Run(spec, capacity, inputs, manifest, digest_of(manifest)[:16])
+        name = self._engine_name(spec)
+        manifest = self._manifest(spec, capacity, name)
+        run = _Run(spec, capacity, inputs, manifest, digest_of(manifest)[:16], name)
         if self.store is not None:
             timeline = self.request.options.timeline
             run.summary = self.store.finished(run.run_id, timeline=timeline)
         if run.summary is None:
-            run.engine = ReferenceEngine(self._setup(run))
+            run.engine = _engine(name, self._setup(run))
         return run
+
+    def _engine_name(self, spec: PolicySpec) -> str:
+        """Which engine runs a policy. The fast one is not even imported for the reference."""
+        if self.request.engine == "reference":
+            return "reference"
+        from moesim.engine.fast import compiled
+
+        if compiled(spec.build()):
+            return "fast"
+        if self.request.engine == "auto":
+            return "reference"
+        raise UsageError(
+            f"--engine fast: {spec.name} is not made of built-in seats; use --engine reference"
+        )
 
     def _rungs(self) -> list[_Run]:
         runs = []
@@ -343,7 +381,7 @@ class _Replay:
                 "capacity": run.capacity.text,
                 "capacity_bytes": sum(run.capacity.capacity_bytes),
                 "scope": run.capacity.scope,
-                "engine": self.request.engine,
+                "engine": run.engine_name,
                 "mode": "flat" if self.request.options.flat else "group",
                 "oracle": self._is_bound(run),
                 "lossy": run.engine.policy.lossy,
@@ -436,7 +474,7 @@ class _Replay:
             "synthetic": meta.source.startswith("synth"),
         }
 
-    def _manifest(self, spec: PolicySpec, capacity: Capacity) -> dict[str, Any]:
+    def _manifest(self, spec: PolicySpec, capacity: Capacity, engine: str) -> dict[str, Any]:
         request = self.request
         calibration = request.calibration
         initial = self._initial_kind(spec)
@@ -451,7 +489,7 @@ class _Replay:
             "model": self.model.to_dict(),
             "costs": request.costs.name if request.costs else None,
             "hardware": request.hardware.to_dict(),
-            "engine": request.engine,
+            "engine": engine,
             "order": request.options.order,
             "flat": request.options.flat,
             "allocator": request.options.allocator,
@@ -469,6 +507,14 @@ class _Replay:
 
 
 # ---- helpers -------------------------------------------------------------------------------------
+
+
+def _engine(name: str, setup: Setup) -> Engine:
+    if name == "reference":
+        return ReferenceEngine(setup)
+    from moesim.engine.fast import FastEngine
+
+    return FastEngine(setup)
 
 
 def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:

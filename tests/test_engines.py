@@ -46,10 +46,12 @@ def equal(case: Case, name: str, *settings: str) -> None:
     assert not differ
 
 
-@given(cases(), specs())
-def test_i8_on_whatever_can_be_made(case: Case, spec: tuple[str, tuple[str, ...]]) -> None:
+@given(cases(), specs(), st.booleans())
+def test_i8_on_whatever_can_be_made(
+    case: Case, spec: tuple[str, tuple[str, ...]], share_kv: bool
+) -> None:
     name, settings = spec
-    equal(case, name, *settings)
+    equal(replace(case, options=replace(case.options, share_kv=share_kv)), name, *settings)
 
 
 KEEP, PREFETCH, MISS = (

@@ -142,7 +142,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ladder", action="store_true", help="also run the oracle ladder")
     group.add_argument("--check", action="store_true", help="audit the laws while running")
     group.add_argument(
-        "--engine", choices=("reference", "fast"), default="reference", help="engine [reference]"
+        "--engine",
+        choices=("auto", "fast", "reference"),
+        default="auto",
+        help="compiled, or written to be read; both give the same answers [auto: fast where the "
+        "policy is made of built-in seats]",
     )
 
 
@@ -171,8 +175,6 @@ def _request(args: argparse.Namespace) -> Request:
 
     if args.timeline and args.out is None:
         raise UsageError("--timeline writes into the run's folder; give --out DIR too")
-    if args.engine == "fast":
-        raise UsageError("--engine fast: not in this version; use --engine reference")
     initial, experts = _initial(args.initial)
     return Request(
         trace=trace_path(args.trace),

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from moesim.costs import Costs
+from moesim.engine.compiled import entry
 from moesim.engine.fields import D, E, T
 from moesim.types import DROPPED, AnyArray, IntArray
 from moesim.workload import KnownFuture, Part, Step, Work, layer_spans
@@ -181,8 +181,7 @@ def _gather(pieces: list[AnyArray]) -> AnyArray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-@njit
-def _unite(experts: Any, starts: Any, phases: Any, size: int) -> Any:
+def _unite_rows(experts: Any, starts: Any, phases: Any, size: int) -> Any:
     """``workload.union`` of each event: local ids, tokens, phases, and where each event begins."""
     rows, k = experts.shape
     ids = np.empty(rows * k, np.int64)
@@ -208,6 +207,9 @@ def _unite(experts: Any, starts: Any, phases: Any, size: int) -> Any:
                 n += 1
         ends[event + 1] = n
     return ids[:n], tokens[:n], phase[:n], ends
+
+
+_unite = entry(_unite_rows, allocates=True)
 
 
 def _flatten(

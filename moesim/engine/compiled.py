@@ -1,13 +1,30 @@
-"""numba's decorators with types that a checker keeps."""
+"""numba's decorators, with a cache that notices every edit and types that a checker keeps.
+
+numba's own on-disk cache looks at a function's own file only: an edit in a callee goes unnoticed.
+So the compiled code lies in a folder named by a digest of all sources that it is made of.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 
+from moesim.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
+"""What compiled code is made of, below the package."""
 
 # Nothing is allocated in the core, and counting references to the machine's arrays at every call
 # would cost more than the work.
@@ -20,13 +37,73 @@ _INNER: dict[str, Any] = {
 }
 
 
-def entry(function: F) -> F:
-    """Compile a function that Python calls."""
-    compiler: Any = numba.njit(**_LEAN)
-    return cast(F, compiler(function))
+def entry(function: F, *, allocates: bool = False) -> F:
+    """Compile a function that Python calls, or load it if it was compiled before."""
+    folder = cache_folder()
+    options: dict[str, Any] = {} if allocates else dict(_LEAN)
+    # numba asks for the folder when it decorates, and nowhere else.
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    try:
+        if folder is not None:
+            config.CACHE_DIR = str(folder)
+        compiler: Any = numba.njit(cache=folder is not None, **options)
+        return cast(F, compiler(function))
+    finally:
+        config.CACHE_DIR = before
 
 
 def kernel(function: F) -> F:
     """Compile a function that compiled code calls; always inlined."""
     compiler: Any = numba.njit(**_INNER)
     return cast(F, compiler(function))
+
+
+@cache
+def cache_folder() -> Path | None:
+    """Where compiled code is kept: ``MOESIM_CACHE``, the user's cache, or the temporary folder.
+
+    None if none of them can be written: then every process compiles for itself.
+    """
+    given = os.environ.get("MOESIM_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    places = [given] if given else [home, tempfile.gettempdir()]
+    for place in places:
+        folder = Path(place) / "moesim" / source_digest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+@cache
+def source_digest() -> str:
+    """16 hex digits over all sources of compiled code, numba and Python."""
+    total = hashlib.sha256(f"{numba.__version__} {platform.python_version()}".encode())
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+@cache
+def announce() -> None:
+    """Say on stderr that compiling takes a while, if nothing was compiled before."""
+    folder = cache_folder()
+    if folder is None or not any(folder.rglob("*.nbc")):
+        print("moesim: compiling the fast engine, once for this version", file=sys.stderr)
+
+
+def refuse_damaged(error: Exception) -> UsageError:
+    """What to tell when kept code cannot be loaded; the folder is emptied for the next run."""
+    folder = cache_folder()
+    if folder is not None:
+        for path in folder.rglob("*.nb*"):
+            path.unlink(missing_ok=True)
+    return UsageError(
+        f"{folder}: kept compiled code is damaged ({type(error).__name__}) and was removed; "
+        "run again"
+    )

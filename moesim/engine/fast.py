@@ -7,12 +7,14 @@ rules are there, what the arrays hold is in ``moesim.engine.fields``.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from moesim.engine import kernel
 from moesim.engine.block import BlockMaker
+from moesim.engine.compiled import announce, refuse_damaged
 from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.engine.setup import Setup
 from moesim.engine.tally import FATES, Counts, RequestTimes, Tally
@@ -95,6 +97,7 @@ class FastEngine:
                 "use --engine reference for this one"
             )
         assert isinstance(setup.policy, SeatPolicy)
+        announce()
         self.setup = setup
         self.policy = setup.policy
         self.policy.begin(restrict(setup.world, self.policy.needs))
@@ -178,8 +181,11 @@ class FastEngine:
         self._run(self._machine)
 
     def _run(self, machine: kernel.M) -> None:
-        while not kernel.run(machine):
-            self._drain(machine)
+        try:
+            while not kernel.run(machine):
+                self._drain(machine)
+        except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            raise refuse_damaged(error) from error
         self._drain(machine)
 
     def _drain(self, machine: kernel.M) -> None:

@@ -11,6 +11,7 @@ from moesim.policy import Policy, World
 from moesim.types import ExpertId
 from moesim.workload import Scheduler
 
+ENGINES = ("auto", "fast", "reference")
 ORDERS = ("ready", "barrier")
 
 
