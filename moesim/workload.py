@@ -64,6 +64,7 @@ class Work:
     blocks : row where each block begins, then the number of rows.
     block_layers : layer of each block.
     passes : first block of each iteration, then the number of blocks.
+    pass_tokens : most tokens that a layer of each iteration sees.
     """
 
     index: int
@@ -72,6 +73,7 @@ class Work:
     blocks: list[int]
     block_layers: list[int]
     passes: list[int]
+    pass_tokens: list[int]
     weights: AnyArray | None = None
     gate: AnyArray | None = None
     ahead: Mapping[int, AnyArray] = field(default_factory=dict)
@@ -96,8 +98,7 @@ class Work:
 
     def tokens(self, number: int) -> int:
         """Most tokens that a layer of this forward pass sees."""
-        first, last = self.passes[number], self.passes[number + 1]
-        return max(self.blocks[b + 1] - self.blocks[b] for b in range(first, last))
+        return self.pass_tokens[number]
 
     def prompt_embedding(self) -> AnyArray | None:
         """int32 [d], quantised, or None."""
@@ -113,13 +114,16 @@ def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> W
     """Cut and quantise one request. Cost: vectorised over its rows."""
     changed = (rows.layer[1:] != rows.layer[:-1]) | (rows.iteration[1:] != rows.iteration[:-1])
     starts = np.concatenate(([0], np.flatnonzero(changed) + 1))
+    passes = np.searchsorted(starts, rows.starts)
+    tokens = np.maximum.reduceat(np.diff(starts, append=rows.rows), passes[:-1])
     work = Work(
         index=index,
         rows=rows,
         arrival_ns=rows.facts.arrival_ns,
         blocks=[*starts.tolist(), rows.rows],
         block_layers=rows.layer[starts].tolist(),
-        passes=np.searchsorted(starts, rows.starts).tolist(),
+        passes=passes.tolist(),
+        pass_tokens=tokens.tolist(),
     )
     _add_inputs(work, meta, inputs)
     return work

@@ -12,7 +12,7 @@ from moesim.costs import Costs
 from moesim.engine.compiled import entry
 from moesim.engine.fields import D, E, T
 from moesim.types import DROPPED, AnyArray, IntArray
-from moesim.workload import KnownFuture, Part, Step, Work, layer_spans
+from moesim.workload import KnownFuture, Step, Work, layer_spans
 
 Piece = tuple[Work, int, int]
 """Rows ``first`` to ``last`` of a request."""
@@ -42,8 +42,6 @@ class BlockMaker:
         self._width = width
         self._cpu = cpu
         self._dense: dict[int, int] = {}
-        self._expert: dict[int, int] = {}
-        self._cpu_expert: dict[int, int] = {}
         self._accesses = 0
 
     def make(self, steps: Sequence[Step], future: KnownFuture | None, kv: Sequence[int]) -> Block:
@@ -51,9 +49,9 @@ class BlockMaker:
         rows = _Rows(steps)
         experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
         phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
-        starts = np.array([*rows.starts, len(experts)], np.int64)
+        starts = np.append(rows.starts, len(experts))
         ids, tokens, phase, ends = _unite(experts, starts, phases, self._experts)
-        layers = np.array(rows.layers, np.int64)
+        layers = rows.layers
         events = np.zeros((len(layers), len(E)), np.int64)
         events[:, E.LAYER] = layers
         events[:, E.STEP] = rows.numbers
@@ -67,7 +65,7 @@ class BlockMaker:
         demand[:, D.TOKENS] = tokens
         demand[:, D.PHASE] = phase
         said = self._predictions(rows, starts, events)
-        counts = np.array(rows.counts, np.int64)
+        counts = rows.counts
         if self._flat:
             events, demand, counts = _flatten(
                 events, experts, phases, starts, counts, self._experts
@@ -80,14 +78,15 @@ class BlockMaker:
         self._accesses += len(demand)
         return Block(events, demand, self._steps(steps, counts, kv), said)
 
-    def _dense_ns(self, rows: _Rows) -> list[int]:
-        found = []
-        for tokens, context, layer in zip(rows.tokens, rows.contexts, rows.layers, strict=True):
-            key = (tokens << 44) | (context << 12) | layer
-            cost = self._dense.get(key)
-            if cost is None:
-                cost = self._dense[key] = self._costs.dense_ns(tokens, context, layer)
-            found.append(cost)
+    def _dense_ns(self, rows: _Rows) -> IntArray:
+        packed = (rows.tokens << 44) | (rows.contexts << 12) | rows.layers
+        kinds, which = np.unique(packed, return_inverse=True)
+        known = self._dense
+        for kind in kinds.tolist():
+            if kind not in known:
+                context = (kind >> 12) & ((1 << 32) - 1)
+                known[kind] = self._costs.dense_ns(kind >> 44, context, kind & 4095)
+        found: IntArray = np.array([known[kind] for kind in kinds.tolist()], np.int64)[which]
         return found
 
     def _add_costs(self, events: IntArray, demand: IntArray) -> None:
@@ -126,48 +125,60 @@ class BlockMaker:
 
 
 class _Rows:
-    """The rows of a block, event by event, as pieces of requests."""
+    """The rows of a block, event by event, as pieces of requests.
+
+    starts : row of the block where each event begins. tokens, contexts : what its dense part costs.
+    numbers : number of its step. counts : events of each step.
+    """
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.pieces: list[Piece] = []
-        self.starts: list[int] = []
-        self.layers: list[int] = []
-        self.tokens: list[int] = []
-        self.contexts: list[int] = []
-        self.numbers: list[int] = []
-        self.counts: list[int] = []
         self._length = 0
-        for step in steps:
-            before = len(self.layers)
-            if len(step.parts) == 1 and step.parts[0].begins and step.parts[0].ends:
-                self._whole(step, step.parts[0])
-            else:
-                self._gathered(step)
-            self.counts.append(len(self.layers) - before)
-            self.numbers += [step.number] * self.counts[-1]
+        self._events: list[tuple[AnyArray, ...]] = []
+        counts: list[int] = []
+        first = 0
+        while first < len(steps):
+            last = _run_of_passes(steps, first)
+            counts += self._whole(steps[first:last]) if last > first else []
+            if last == first:
+                counts.append(self._gathered(steps[first]))
+                last += 1
+            first = last
+        self.counts = np.array(counts, np.int64)
+        columns = [np.concatenate(column) for column in zip(*self._events, strict=True)]
+        self.starts, self.layers, self.tokens, self.contexts, self.numbers = columns
 
-    def _whole(self, step: Step, part: Part) -> None:
-        """A forward pass of one request: its rows are already in event order."""
-        work = part.work
-        first, last = work.passes[part.number], work.passes[part.number + 1]
-        begin, end = work.blocks[first], work.blocks[last]
-        position = work.rows.position
-        for block in range(first, last):
-            low, high = work.blocks[block], work.blocks[block + 1]
-            self.starts.append(self._length + low - begin)
-            self.tokens.append(high - low + step.padding)
-            self.contexts.append(int(position[high - 1]) + 1)
-        self.layers += work.block_layers[first:last]
-        self._add(work, begin, end)
+    def _whole(self, steps: Sequence[Step]) -> list[int]:
+        """Forward passes of one request, one after the other: already in event order."""
+        work, number = steps[0].parts[0].work, steps[0].parts[0].number
+        bounds = np.array(work.passes[number : number + len(steps) + 1])
+        blocks = np.array(work.blocks[bounds[0] : bounds[-1] + 1], np.int64)
+        counts = np.diff(bounds)
+        contexts = work.rows.position[blocks[1:] - 1].astype(np.int64) + 1
+        padding = np.repeat([step.padding for step in steps], counts)
+        self._events.append(
+            (
+                blocks[:-1] - blocks[0] + self._length,
+                np.array(work.block_layers[bounds[0] : bounds[-1]], np.int64),
+                np.diff(blocks) + padding,
+                contexts,
+                np.repeat([step.number for step in steps], counts),
+            )
+        )
+        self._add(work, int(blocks[0]), int(blocks[-1]))
+        return [int(count) for count in counts]
 
-    def _gathered(self, step: Step) -> None:
+    def _gathered(self, step: Step) -> int:
+        """A step of several requests, or of a chunk: layer by layer."""
+        rows = []
         for layer, spans in layer_spans(step):
-            self.starts.append(self._length)
-            self.layers.append(layer)
-            self.tokens.append(sum(b - a for _, a, b in spans) + step.padding)
-            self.contexts.append(sum(int(p.work.rows.position[b - 1]) + 1 for p, _, b in spans))
+            tokens = sum(last - first for _, first, last in spans) + step.padding
+            context = sum(int(p.work.rows.position[last - 1]) + 1 for p, _, last in spans)
+            rows.append((self._length, layer, tokens, context, step.number))
             for part, first, last in spans:
                 self._add(part.work, first, last)
+        self._events.append(tuple(np.array(rows, np.int64).reshape(-1, 5).T))
+        return len(rows)
 
     def _add(self, work: Work, first: int, last: int) -> None:
         self._length += last - first
@@ -175,6 +186,22 @@ class _Rows:
             self.pieces[-1] = (work, self.pieces[-1][1], last)
         else:
             self.pieces.append((work, first, last))
+
+
+def _run_of_passes(steps: Sequence[Step], first: int) -> int:
+    """One past the last of the steps from ``first`` on that are successive whole forward passes of
+    one request alone; ``first`` itself if it is none."""
+    last = first
+    while last < len(steps):
+        parts = steps[last].parts
+        if len(parts) != 1 or not (parts[0].begins and parts[0].ends):
+            break
+        if last > first:
+            before = steps[last - 1].parts[0]
+            if parts[0].work is not before.work or parts[0].number != before.number + 1:
+                break
+        last += 1
+    return last
 
 
 def _gather(pieces: list[AnyArray]) -> AnyArray:
