@@ -56,7 +56,7 @@ def _lines(what: str) -> Progress:
     def update(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= EVERY_S:
+        if now - last >= EVERY_S and done < total:
             last = now
             left_s = (now - started) * (total - done) / done
             print(f"{what}: {done}/{total} requests, {left_s:.0f} s left", file=sys.stderr)
