@@ -17,7 +17,8 @@ from moesim.engine.setup import Options, Setup
 from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, PolicyError
 from moesim.hashing import hash64
-from moesim.policy import (
+from moesim.profile import ModelProfile, load_hardware
+from moesim.protocol import (
     CacheView,
     KeepSeat,
     MissSeat,
@@ -27,8 +28,8 @@ from moesim.policy import (
     Seat,
     SeatPolicy,
     World,
+    lacks,
 )
-from moesim.profile import ModelProfile, load_hardware
 from moesim.traces.reader import RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
 from moesim.types import AnyArray, Fact, Gate, IntArray, LayerEvent, Needs, Note, Plan
@@ -44,11 +45,15 @@ from moesim.workload import (
 LAYERS, EXPERTS, TOP_K, TOKENS, REQUESTS = 3, 8, 2, 6, 4
 CASES = ((2, "layer", 1), (3, "global", 3), (3, "layer", 1), (8, "layer", 3))
 """(slots a layer, scope, batch): from one layer event's demand to everything."""
-PARTS = ("needs", "lossy", "scored", "bypass", "begin", "route", "on", "scores", "victims", "note")
 
 
 def check(factory: Callable[[], Any]) -> None:
-    """Check what ``factory()`` makes: a policy, or a seat (joined with plain seats).
+    """Tell a policy's author what is wrong with it, in the manner of ``check_estimator``.
+
+    ``factory`` is called without arguments and returns a fresh policy, or a seat (which is joined
+    with plain ones). It is driven through small runs: legal victims, the same answers under the
+    same seed, inputs unchanged, no use of what it did not declare, capacities from one layer
+    event to everything.
 
     Raises
     ------
@@ -66,9 +71,9 @@ def check(factory: Callable[[], Any]) -> None:
 
 
 def _check_shape(policy: Any) -> None:
-    for name in PARTS:
-        if not hasattr(policy, name):
-            raise PolicyError(f"a policy has {name}; derive from PlainPolicy for the defaults")
+    lacking = lacks(policy)
+    if lacking:
+        raise PolicyError(f"a policy has {lacking}; derive from PlainPolicy for the defaults")
     if not isinstance(policy.needs, Needs):
         raise PolicyError(f"needs must be moesim.types.Needs, not {type(policy.needs).__name__}")
 

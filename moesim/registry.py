@@ -17,7 +17,7 @@ from typing import Any, cast
 from moesim.errors import PolicyError, UsageError
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS, Preset
-from moesim.policy import (
+from moesim.protocol import (
     SEAT_KINDS,
     KeepSeat,
     MissSeat,
@@ -26,11 +26,8 @@ from moesim.policy import (
     RouteSeat,
     Seat,
     SeatPolicy,
+    lacks,
 )
-
-_PROTOCOL = (
-    "needs", "lossy", "scored", "bypass", "begin", "route", "on", "scores", "victims", "note",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +236,10 @@ def _call(ref: str, parameters: Mapping[str, object]) -> Any:
 
 def _policy(ref: str) -> Policy:
     made = _call(ref, {})
-    lacking = [name for name in _PROTOCOL if not hasattr(made, name)]
+    lacking = lacks(made)
     if lacking:
         raise PolicyError(
-            f"{ref} is no policy: it has no {lacking[0]}; derive it from moesim.policy.PlainPolicy"
+            f"{ref} is no policy: it has no {lacking}; derive it from moesim.policy.PlainPolicy"
         )
     return cast(Policy, made)
 

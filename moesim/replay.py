@@ -25,8 +25,8 @@ from moesim.engine.setup import Options, Setup
 from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.ledger import Ledger, LedgerError
-from moesim.policy import Policy, SeatPolicy, World
 from moesim.profile import HardwareProfile, ModelProfile
+from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, source_digest
 from moesim.summary import summarise

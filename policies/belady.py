@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.policy import Future, KeepSeat, World
+from moesim.protocol import Future, KeepSeat, World
 from moesim.types import Gate, Needs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.policy import CacheView, MissSeat
+from moesim.protocol import CacheView, MissSeat
 from moesim.types import ExpertId, Gate, Serve, Status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.policy import RouteSeat
+from moesim.protocol import RouteSeat
 
 
 @dataclass

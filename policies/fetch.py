@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.policy import MissSeat
+from moesim.protocol import MissSeat
 
 
 @dataclass

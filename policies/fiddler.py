@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.policy import CacheView, MissSeat, World
+from moesim.protocol import CacheView, MissSeat, World
 from moesim.types import ExpertId, Gate, Needs, Serve, Status
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import UsageError
-from moesim.policy import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World
 from moesim.types import NO_PLAN, Fact, Gate, Needs, Plan, Prefetch
 
 

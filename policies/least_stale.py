@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.policies.lru import LRU
-from moesim.policy import World
+from moesim.protocol import World
 from moesim.types import ExpertId, Gate, IntArray
 
 FRESH = 1 << 61

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.policy import KeepSeat, World
+from moesim.protocol import KeepSeat, World
 from moesim.types import ExpertId, Gate, IntArray
 
 SHIFT = 24

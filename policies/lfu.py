@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.policy import KeepSeat, World
+from moesim.protocol import KeepSeat, World
 from moesim.types import Evicted, ExpertId, Gate, IntArray, Note
 
 STAMP_BITS = 38

@@ -12,7 +12,7 @@ import numpy as np
 from moesim.errors import UsageError
 from moesim.policies.lfu import STAMP_BITS
 from moesim.policies.lru import LRU
-from moesim.policy import World
+from moesim.protocol import World
 from moesim.types import PROBABILITY_ONE, Gate, IntArray
 
 ONE = PROBABILITY_ONE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import UsageError
-from moesim.policy import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World
 from moesim.types import DROPPED, NO_PLAN, ExpertId, Fact, Gate, Needs, Plan, Prefetch
 
 

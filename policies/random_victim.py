@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moesim.hashing import hash64
-from moesim.policy import KeepSeat, World
+from moesim.protocol import KeepSeat, World
 from moesim.types import IntArray
 
 

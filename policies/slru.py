@@ -12,7 +12,7 @@ import numpy as np
 
 from moesim.errors import UsageError
 from moesim.policies.lru import LRU, touch
-from moesim.policy import World
+from moesim.protocol import World
 from moesim.types import AnyArray, Evicted, Gate, IntArray, Note, Status
 
 PROTECTED = 1 << 61

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.policy import KeepSeat, World
+from moesim.protocol import KeepSeat, World
 from moesim.types import Needs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moesim.errors import UsageError
-from moesim.policy import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World
 from moesim.types import NO_PLAN, Fact, Gate, Plan, Prefetch
 
 

@@ -62,7 +62,7 @@ def _policies() -> list[dict[str, Any]]:
 
 
 def _seats() -> list[dict[str, Any]]:
-    from moesim.policy import SEAT_KINDS, parameters
+    from moesim.protocol import SEAT_KINDS, parameters
     from moesim.registry import seat_class, seat_names
     from moesim.types import Needs
 

@@ -41,7 +41,7 @@ from moesim.policies.random_victim import Random
 from moesim.policies.slru import SLRU
 from moesim.policies.static import Static
 from moesim.policies.whole_layer import WholeLayer
-from moesim.policy import Policy, SeatPolicy, restrict
+from moesim.protocol import Policy, SeatPolicy, restrict
 from moesim.timeline import LANES
 from moesim.types import NEVER, IntArray, Needs, Phase, Serve, State
 from moesim.workload import DONE, STARVED, Idle, KnownFuture, Step, Work, context_tokens

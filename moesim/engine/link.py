@@ -19,7 +19,7 @@ from moesim.engine.view import View
 from moesim.errors import PolicyError
 from moesim.ledger import RESIDENT, Ledger
 from moesim.log import LogDigest
-from moesim.policy import Policy
+from moesim.protocol import Policy
 from moesim.types import NEVER, Dropped, Evicted, IntArray, Landed, Phase
 
 

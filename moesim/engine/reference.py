@@ -31,7 +31,7 @@ from moesim.engine.tally import RequestTimes, Tally
 from moesim.engine.view import View
 from moesim.errors import PolicyError
 from moesim.ledger import ABSENT, RESIDENT, Ledger
-from moesim.policy import restrict
+from moesim.protocol import restrict
 from moesim.types import (
     NEVER,
     AnyArray,

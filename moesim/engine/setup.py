@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moesim.costs import Costs
 from moesim.errors import UsageError
-from moesim.policy import Policy, World
+from moesim.protocol import Policy, World
 from moesim.types import ExpertId
 from moesim.workload import Scheduler
 

@@ -10,7 +10,7 @@ from moesim.types import AnyArray, ExpertId
 
 
 class View:
-    """A read-only window on the ledger (``moesim.policy.CacheView``)."""
+    """A read-only window on the ledger (``moesim.protocol.CacheView``)."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger

@@ -1,0 +1,379 @@
+"""The policy protocol, and the four seats that most policies are made of.
+
+A policy is told facts and answers with expert ids; the host owns residency, bytes, queues and the
+clock. The same object, unchanged, is driven by every host, so nothing here may know which one.
+
+A *seat* answers one of four questions: what to ``prefetch``, what to ``keep``, how to serve a
+``miss``, whether ``route`` may bend. ``SeatPolicy`` joins four seats into a policy, so that an
+ablation swaps a seat and never forks a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from moesim.types import (
+    NO_PLAN,
+    AnyArray,
+    ExpertId,
+    Fact,
+    Gate,
+    IntArray,
+    LayerEvent,
+    Needs,
+    Note,
+    Plan,
+    Serve,
+    State,
+)
+
+
+class CostTable(Protocol):
+    """What a policy with ``Needs.COSTS`` may ask: modelled durations in ns, not the time."""
+
+    def load_ns(self, nbytes: int) -> int:
+        """Copying ``nbytes`` to the device, alone on the link."""
+
+    def expert_ns(self, tokens: int, layer: int = 0) -> int:
+        """One expert on the device."""
+
+    def cpu_expert_ns(self, tokens: int, layer: int = 0) -> int:
+        """One expert on the host."""
+
+
+class Future(Protocol):
+    """What a policy with ``Needs.FUTURE`` may ask: the demand of the whole run."""
+
+    @property
+    def first_use(self) -> IntArray:
+        """int64 [layers * experts]: first layer event that demands each expert, or NEVER."""
+
+    @property
+    def events(self) -> int:
+        """How many layer events the run has."""
+
+    def demand(self, event: int) -> IntArray:
+        """Expert ids that a layer event demands, in demand order."""
+
+    def next_use(self, event: int) -> IntArray:
+        """For each expert of ``demand(event)``: the next layer event that demands it, or NEVER."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What is true for the whole run.
+
+    expert_bytes : int64 [precisions, layers], bytes of one expert.
+    capacity_bytes : one number (scope "global") or one per layer (scope "layer").
+    decode_from : first layer of a decoding pass (after an encoder's layers, if there is one).
+    calibration : int64 [layers * experts] uses on the calibration trace (``Needs.CALIBRATION``).
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    expert_bytes: IntArray
+    capacity_bytes: tuple[int, ...]
+    scope: str
+    decode_from: int = 0
+    seed: int = 0
+    costs: CostTable | None = None
+    calibration: IntArray | None = None
+    future: Future | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of expert ids."""
+        return self.layers * self.experts
+
+    def ahead(self, layer: int, distance: int) -> int:
+        """The layer ``distance`` events on; past the last, those of the next decoding pass."""
+        beyond = layer + distance - self.layers
+        if beyond < 0:
+            return layer + distance
+        return self.decode_from + beyond % (self.layers - self.decode_from)
+
+    def slots(self, layer: int) -> int:
+        """How many full-precision experts of a layer its cache holds."""
+        cache = layer if self.scope == "layer" else 0
+        return self.capacity_bytes[cache] // int(self.expert_bytes[0, layer])
+
+
+class CacheView(Protocol):
+    """What a policy may see of the cache: signals that real hardware can give equally."""
+
+    @property
+    def states(self) -> AnyArray:
+        """uint8 [layers * experts] of ``State``, full precision, read-only."""
+
+    @property
+    def candidates(self) -> Sequence[ExpertId]:
+        """Inside ``victims`` only: what may go now, ascending. Elsewhere empty."""
+
+    @property
+    def jobs_waiting(self) -> int:
+        """Background jobs submitted and not yet done."""
+
+    @property
+    def queued(self) -> int:
+        """Prefetches that wait for the link."""
+
+    def free_bytes(self, layer: int) -> int:
+        """Unreserved bytes of the cache that serves ``layer``."""
+
+
+class Policy(Protocol):
+    """A pure function of its fact log (see the module docstring)."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it must be given."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it changes what is computed."""
+
+    @property
+    def scored(self) -> bool:
+        """True: the host evicts the smallest of ``scores``, ties by lowest id. False: it asks
+        ``victims``."""
+
+    @property
+    def bypass(self) -> bool:
+        """True: misses are staged, and stay only if they beat the smallest resident score."""
+
+    def begin(self, world: World) -> None:
+        """The run starts; forget everything."""
+
+    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+        """Experts to execute instead, uint16 [T, k]; None: as recorded. Lossy policies only."""
+
+    def on(self, fact: Fact, cache: CacheView) -> Plan:
+        """A fact; the answer is a plan."""
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        """int64 worth of each expert at a layer event; the smallest goes first."""
+
+    def victims(self, nbytes: int, cache: CacheView) -> Sequence[ExpertId]:
+        """Who goes, of ``cache.candidates``, in order, until ``nbytes`` are free."""
+
+    def note(self, fact: Note) -> None:
+        """A load landed, a copy was evicted, a prefetch was dropped."""
+
+
+class Seat:
+    """What the four kinds of seat share. Parameters are the dataclass fields of a subclass."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    needs: ClassVar[Needs] = Needs.NONE
+    lossy: ClassVar[bool] = False
+    kind: ClassVar[str]
+
+    def begin(self, world: World) -> None:
+        """The run starts; forget everything."""
+
+    def note(self, fact: Note) -> None:
+        """A load landed, a copy was evicted, a prefetch was dropped."""
+
+
+class KeepSeat(Seat):
+    """What may go first: one int64 score per expert, the smallest goes, ties by lowest id."""
+
+    kind = "keep"
+    bypass: ClassVar[bool] = False
+    score: IntArray
+
+    def begin(self, world: World) -> None:
+        """Every expert starts with score 0."""
+        self.score = np.zeros(world.size, np.int64)
+
+    def on(self, fact: Fact) -> None:
+        """A fact; by default only gates matter."""
+        if isinstance(fact, Gate):
+            self.gate(fact)
+
+    def gate(self, gate: Gate) -> None:
+        """The demand of a layer event."""
+
+    def planned(self, experts: Sequence[ExpertId]) -> None:
+        """Absent experts that were just planned as prefetches, in order, after all demand."""
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        """int64 score of each expert; ``event`` is the newest layer event."""
+        return self.score[experts]
+
+
+class PrefetchSeat(Seat):
+    """What will be needed, in which order."""
+
+    kind = "prefetch"
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Layer distances of the predictions that it reads (``Needs.AHEAD``)."""
+        return ()
+
+    def plan(self, fact: Fact, cache: CacheView) -> Plan:
+        """Prefetches and cancellations; by default none."""
+        return NO_PLAN
+
+
+class MissSeat(Seat):
+    """How a missing expert is served."""
+
+    kind = "miss"
+
+    def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
+        """Missing expert -> how; those left out are fetched."""
+        return {}
+
+
+class RouteSeat(Seat):
+    """Whether routing may bend to residency."""
+
+    kind = "route"
+
+    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+        """uint16 [T, k] to execute instead, or None: as recorded."""
+        return None
+
+
+SEAT_KINDS = ("prefetch", "keep", "miss", "route")
+
+
+@dataclass(slots=True)
+class SeatPolicy:
+    """Four seats acting as one policy."""
+
+    prefetch: PrefetchSeat
+    keep: KeepSeat
+    miss: MissSeat
+    routing: RouteSeat
+
+    scored: ClassVar[bool] = True
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """The seats in the order in which they hear of a fact."""
+        return (self.routing, self.keep, self.prefetch, self.miss)
+
+    @property
+    def needs(self) -> Needs:
+        """The union of what the seats need."""
+        needs = Needs.NONE
+        for seat in self.seats:
+            needs |= seat.needs
+        return needs
+
+    @property
+    def lossy(self) -> bool:
+        """Whether any seat changes what is computed."""
+        return any(seat.lossy for seat in self.seats)
+
+    @property
+    def bypass(self) -> bool:
+        """Whether a load stays only if it beats a resident."""
+        return self.keep.bypass
+
+    def begin(self, world: World) -> None:
+        """Each seat sees only what it declared (the oracle boundary)."""
+        for seat in self.seats:
+            seat.begin(restrict(world, seat.needs))
+
+    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+        """The route seat's answer."""
+        return self.routing.route(event, cache)
+
+    def on(self, fact: Fact, cache: CacheView) -> Plan:
+        """Keep learns of the fact first, then prefetch plans, then misses are served."""
+        self.keep.on(fact)
+        plan = self.prefetch.plan(fact, cache)
+        if plan.prefetches:
+            states = cache.states
+            # What this gate demands is loaded by demand, and was touched in demand order.
+            asked = set(fact.experts.tolist()) if isinstance(fact, Gate) else ()
+            absent = [
+                p.expert
+                for p in plan.prefetches
+                if states[p.expert] == State.ABSENT and p.expert not in asked
+            ]
+            self.keep.planned(absent)
+        if isinstance(fact, Gate):
+            serve = self.miss.serve(fact, cache)
+            if serve:
+                plan = replace(plan, serve={**plan.serve, **serve})
+        return plan
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        """The keep seat's scores."""
+        return self.keep.scores(experts, event)
+
+    def victims(self, nbytes: int, cache: CacheView) -> Sequence[ExpertId]:
+        """Never asked: the seats are scored."""
+        raise NotImplementedError("a scored policy names no victims")
+
+    def note(self, fact: Note) -> None:
+        """Every seat may listen."""
+        for seat in self.seats:
+            seat.note(fact)
+
+
+class PlainPolicy:
+    """A base for policies written without seats: override what you need.
+
+    With ``scored = True`` override ``scores``; with ``scored = False`` override ``victims``.
+    """
+
+    needs: ClassVar[Needs] = Needs.NONE
+    lossy: ClassVar[bool] = False
+    scored: ClassVar[bool] = True
+    bypass: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+
+    def begin(self, world: World) -> None:
+        """The run starts; forget everything."""
+
+    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+        """As recorded."""
+        return None
+
+    def on(self, fact: Fact, cache: CacheView) -> Plan:
+        """No plan."""
+        return NO_PLAN
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        """All equal: the lowest id goes first."""
+        return np.zeros(len(experts), np.int64)
+
+    def victims(self, nbytes: int, cache: CacheView) -> Sequence[ExpertId]:
+        """Override when not scored."""
+        raise NotImplementedError
+
+    def note(self, fact: Note) -> None:
+        """Nothing."""
+
+
+def lacks(made: object) -> str:
+    """The first part of the protocol that an object has not; empty if it has all."""
+    parts = [name for name in vars(Policy) if not name.startswith("_")]
+    return next((name for name in parts if not hasattr(made, name)), "")
+
+
+def restrict(world: World, needs: Needs) -> World:
+    """The world without what was not declared: an undeclared input is absent, not ignored."""
+    return replace(
+        world,
+        costs=world.costs if Needs.COSTS in needs else None,
+        calibration=world.calibration if Needs.CALIBRATION in needs else None,
+        future=world.future if Needs.FUTURE in needs else None,
+    )
+
+
+def parameters(seat: Seat | type[Seat]) -> dict[str, object]:
+    """Names and values (or defaults) of a seat's parameters."""
+    return {f.name: getattr(seat, f.name) for f in fields(seat) if f.init}  # type: ignore[arg-type]
