@@ -6,7 +6,7 @@ Each is asked for by name (``--allow``), and stamped on every result that rests 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy as np
 from moesim.errors import UsageError
 from moesim.hashing import hash64
 from moesim.traces.reader import RequestRows
-from moesim.types import DROPPED, AnyArray
+from moesim.traces.schema import TraceMeta
+from moesim.types import DROPPED, AnyArray, Needs
 
 CHOICES = ("gate=topk", "embedding=none", "norms=unit", "ahead=recall:R@SEED")
 
@@ -156,3 +157,38 @@ def _target_rows(
     block = np.repeat(np.arange(len(starts)), sizes)
     offset = np.arange(len(block)) - starts[block]
     return np.where(fits[block], starts[there[block]] + offset, -1)
+
+
+def lacking(
+    needs: Needs, distances: Sequence[int], allowed: Allowed, meta: TraceMeta
+) -> Iterator[tuple[str, str]]:
+    """(what, how it may be allowed) for each input that is not there."""
+    if Needs.WEIGHTS in needs and not meta.has_weights:
+        yield "WEIGHTS", ""
+    if Needs.GATE in needs and not meta.has_gate:
+        if not meta.has_weights:
+            yield "GATE", ", and it has no weights to stand in"
+        elif not allowed.gate_from_topk:
+            yield "GATE", "; --allow gate=topk stands in"
+    if Needs.AHEAD in needs and allowed.recall is None:
+        for distance in distances:
+            if distance not in meta.ahead:
+                yield f"AHEAD ({distance})", "; --allow ahead=recall:0.8@1 stands in"
+    if Needs.EMBEDDING in needs and meta.embedding == "none" and not allowed.no_embedding:
+        yield "EMBEDDING", "; --allow embedding=none stands in"
+    if Needs.NORMS in needs and not meta.has_norms and not allowed.unit_norms:
+        yield "NORMS", "; --allow norms=unit stands in"
+
+
+def rested_on(needs: Needs, allowed: Allowed, meta: TraceMeta) -> list[str]:
+    """The degradations that a run with these needs rests on, as typed."""
+    used = []
+    if Needs.GATE in needs and allowed.gate_from_topk and not meta.has_gate:
+        used.append("gate=topk")
+    if Needs.EMBEDDING in needs and allowed.no_embedding and meta.embedding == "none":
+        used.append("embedding=none")
+    if Needs.NORMS in needs and allowed.unit_norms and not meta.has_norms:
+        used.append("norms=unit")
+    if Needs.AHEAD in needs and allowed.recall is not None:
+        used.append(allowed.names()[-1])
+    return used

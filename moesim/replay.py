@@ -16,19 +16,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moesim import ladder
 from moesim.capacity import Capacity, parse_capacity
-from moesim.costs import Costs, make_costs
-from moesim.degrade import Allowed
+from moesim.costs import make_costs
+from moesim.degrade import Allowed, lacking, rested_on
 from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
-from moesim.ledger import Ledger, LedgerError
+from moesim.ledger import LedgerError
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, source_digest
+from moesim.shape import all_precisions, decode_from, fitting, shaped
 from moesim.summary import summarise
 from moesim.timeline import chrome_events
 from moesim.traces.check import check_request
@@ -47,9 +49,6 @@ from moesim.workload import (
     prepare,
     timeless_steps,
 )
-
-LADDER = ("all-resident", "static", "min-bypass", "min", "hindsight")
-"""Rungs of the oracle ladder that are runs; the last rung, the bound on time, is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +151,10 @@ class _Replay:
             raise NotRunError(refused[0]["not_run"])
         self._feed([r for r in planned if r.engine is not None], progress)
         wall_s = (time.perf_counter() - started) / max(1, len(planned))
-        runs = [self._finish(run, wall_s) for run in planned]
-        reported = [r for run, r in zip(planned, runs, strict=True) if not run.rung]
+        finished = [(run.rung, self._finish(run, wall_s)) for run in planned]
+        reported = [summary for rung, summary in finished if not rung]
         if self.request.ladder:
-            self._climb(planned, runs)
+            self._climb(reported, [pair for pair in finished if pair[0]])
         return {
             "schema": 1,
             "trace": self._trace_facts(),
@@ -219,21 +218,30 @@ class _Replay:
         )
 
     def _rungs(self) -> list[_Run]:
-        runs = []
-        for capacity in self._capacities():
-            for name in LADDER[1:]:
-                spec = resolve([name])[0]
-                inputs = Inputs(spec.build().needs)
-                run = self._configure(spec, capacity, inputs)
-                run.rung = name
-                runs.append(run)
+        """The runs that the oracle ladder compares with."""
+        if self.request.arrivals != "back-to-back":
+            raise UsageError("--ladder: its rungs see the future; leave out --arrivals")
+        runs = [
+            self._rung(name, resolve([name])[0], capacity)
+            for capacity in self._capacities()
+            for name in ladder.RUNGS
+        ]
+        everything = (int(self.model.expert_bytes_table().sum()) * self.meta.experts,)
         spec = replace(resolve(["lru"])[0], initial="all")
-        everything = replace(self._capacities()[0], text="100%")
-        whole = int(self.model.expert_bytes_table().sum()) * self.meta.experts
-        everything = Capacity("100%", "global", (whole,))
-        run = self._configure(spec, everything, Inputs())
-        run.rung = "all-resident"
-        return [*runs, run]
+        return [*runs, self._rung(ladder.ROOF, spec, Capacity("100%", "global", everything))]
+
+    def _rung(self, name: str, spec: PolicySpec, capacity: Capacity) -> _Run:
+        run = self._configure(spec, capacity, Inputs(spec.build().needs))
+        run.rung = name
+        return run
+
+    def _climb(
+        self, runs: Sequence[dict[str, Any]], rungs: Sequence[tuple[str, dict[str, Any]]]
+    ) -> None:
+        roof = next(summary for rung, summary in rungs if rung == ladder.ROOF)
+        by_capacity = {(rung, summary["capacity"]): summary for rung, summary in rungs}
+        load_ns = int(self.costs.load_ns(int(self.model.expert_bytes_table().min())))
+        ladder.climb(runs, by_capacity, roof, load_ns)
 
     # ---- one configuration -----------------------------------------------------------------------
 
@@ -243,10 +251,10 @@ class _Replay:
             layers=self.meta.layers,
             experts=self.meta.experts,
             top_k=self.meta.top_k,
-            expert_bytes=_all_precisions(self.model),
+            expert_bytes=all_precisions(self.model),
             capacity_bytes=capacity.capacity_bytes,
             scope=capacity.scope,
-            decode_from=_decode_from(self.meta),
+            decode_from=decode_from(self.meta),
             seed=self.request.seed,
             costs=self.costs,
             calibration=self.calibration() if Needs.CALIBRATION in policy.needs else None,
@@ -272,18 +280,18 @@ class _Replay:
         if how == "cold":
             return [], True
         if how == "file":
-            return _fitting(self.request.initial_experts, world, allocator), False
+            return fitting(self.request.initial_experts, world, allocator), False
         if how == "all":
-            return _fitting(range(world.size), world, allocator), False
+            return fitting(range(world.size), world, allocator), False
         uses = self.calibration()
         ranked = np.argsort(-uses, kind="stable")
-        return _fitting([int(e) for e in ranked if uses[e]], world, allocator), True
+        return fitting([int(e) for e in ranked if uses[e]], world, allocator), True
 
     def _refuse(self, spec: PolicySpec, needs: Needs, inputs: Inputs) -> None:
         """NotRunError where the trace lacks what the policy needs."""
-        lacking = list(_lacking(needs, inputs, self.meta))
-        if lacking:
-            name, mend = lacking[0]
+        missing = list(lacking(needs, inputs.distances, inputs.allowed, self.meta))
+        if missing:
+            name, mend = missing[0]
             raise NotRunError(f"not run: {spec.name} needs {name}, which this trace lacks{mend}")
         if Needs.FUTURE in needs and self.request.arrivals != "back-to-back":
             raise NotRunError(
@@ -385,7 +393,7 @@ class _Replay:
                 "mode": "flat" if self.request.options.flat else "group",
                 "oracle": self._is_bound(run),
                 "lossy": run.engine.policy.lossy,
-                "allowed": self._allowed(run),
+                "allowed": rested_on(run.inputs.needs, self.request.allowed, self.meta),
                 "sizes_equal": bool(len(set(self.model.expert_bytes_table().tolist())) == 1),
                 "initial": run.manifest["initial"],
                 **summarise(run.engine.tally),
@@ -415,45 +423,6 @@ class _Replay:
 
     def _initial_kind(self, spec: PolicySpec) -> str:
         return spec.initial if spec.initial == "all" else self.request.initial or spec.initial
-
-    def _allowed(self, run: _Run) -> list[str]:
-        """The degradations that this run rests on."""
-        needs, allowed = run.inputs.needs, self.request.allowed
-        used = []
-        if Needs.GATE in needs and allowed.gate_from_topk and not self.meta.has_gate:
-            used.append("gate=topk")
-        if Needs.EMBEDDING in needs and allowed.no_embedding and self.meta.embedding == "none":
-            used.append("embedding=none")
-        if Needs.NORMS in needs and allowed.unit_norms and not self.meta.has_norms:
-            used.append("norms=unit")
-        if Needs.AHEAD in needs and allowed.recall is not None:
-            used.append(allowed.names()[-1])
-        return used
-
-    def _climb(self, planned: Sequence[_Run], runs: Sequence[dict[str, Any]]) -> None:
-        """Attach the ladder's rungs to each reported run of the same capacity."""
-        rungs: dict[tuple[str, str], dict[str, Any]] = {}
-        for run, summary in zip(planned, runs, strict=True):
-            if run.rung:
-                rungs[run.rung, run.capacity.text] = summary
-        roof = rungs["all-resident", "100%"]
-        for capacity in {run.capacity.text for run in planned if run.rung}:
-            if ("hindsight", capacity) in rungs:
-                # Prefetching what is known may lose to not prefetching it, on a saturated link.
-                known = (rungs["hindsight", capacity], rungs["min-bypass", capacity])
-                rungs["hindsight", capacity] = min(known, key=lambda r: int(r["time_ns"]))
-        load_ns = int(self.costs.load_ns(int(self.model.expert_bytes_table().min())))
-        for run, summary in zip(planned, runs, strict=True):
-            if run.rung:
-                continue
-            ladder = {name: _rung(rungs[name, run.capacity.text], summary) for name in LADDER[1:]}
-            ladder["all-resident"] = _rung(roof, summary)
-            if _must_load(summary):
-                loads = rungs["min-bypass", run.capacity.text]["misses"]
-                computing = roof["times_ns"]["experts"] + roof["times_ns"]["dense"]
-                bound = max(computing, loads * load_ns)
-                ladder["bound"] = {"time_ns": bound, "of_run": _ratio(bound, summary["time_ns"])}
-            summary["ladder"] = ladder
 
     def _diagnose(self, capacity: Capacity) -> dict[str, Any]:
         return diagnostics(self.meta, self.model, self.costs, capacity, self.request.batch)
@@ -517,33 +486,6 @@ def _engine(name: str, setup: Setup) -> Engine:
     return FastEngine(setup)
 
 
-def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
-    """A model profile with the trace's shape: per-layer numbers are stretched over its layers.
-
-    So the routing of one model can be replayed with the bytes and times of another (``--costs``).
-    """
-    if model.layers == meta.layers:
-        return replace(model, experts=meta.experts, top_k=meta.top_k, stacks=meta.model.stacks)
-
-    def stretched(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        if isinstance(value, int):
-            return value
-        return tuple(value[layer * len(value) // meta.layers] for layer in range(meta.layers))
-
-    return replace(
-        model,
-        layers=meta.layers,
-        experts=meta.experts,
-        top_k=meta.top_k,
-        stacks=meta.model.stacks,
-        expert_bytes=tuple(stretched(b) for b in model.expert_bytes),
-        dense_bytes=stretched(model.dense_bytes),
-        dense_flops_per_token=stretched(model.dense_flops_per_token),
-        kv_bytes_per_token_per_layer=stretched(model.kv_bytes_per_token_per_layer),
-        kv_window_tokens=stretched(model.kv_window_tokens),
-    )
-
-
 def _meta(path: Path) -> TraceMeta:
     with TraceReader(path, Columns.experts_only()) as reader:
         return reader.meta
@@ -573,56 +515,8 @@ def _refuse_empty(meta: TraceMeta, path: Path) -> None:
         raise TraceError(f"{path}: holds no requests; record or convert some")
 
 
-def _all_precisions(model: ModelProfile) -> IntArray:
-    return np.stack([model.expert_bytes_table(p) for p in range(len(model.precisions))])
-
-
-def _decode_from(meta: TraceMeta) -> int:
-    """First layer of the last stack: an encoder runs in the prefill alone."""
-    return meta.stack_ranges()[-1][1]
-
-
 def _distances(policy: Policy) -> tuple[int, ...]:
     return policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
-
-
-def _lacking(needs: Needs, inputs: Inputs, meta: TraceMeta) -> Iterator[tuple[str, str]]:
-    """(what, how it may be allowed) for each input that is not there."""
-    allowed = inputs.allowed
-    if Needs.WEIGHTS in needs and not meta.has_weights:
-        yield "WEIGHTS", ""
-    if Needs.GATE in needs and not meta.has_gate:
-        if not meta.has_weights:
-            yield "GATE", ", and it has no weights to stand in"
-        elif not allowed.gate_from_topk:
-            yield "GATE", "; --allow gate=topk stands in"
-    if Needs.AHEAD in needs and allowed.recall is None:
-        for distance in inputs.distances:
-            if distance not in meta.ahead:
-                yield f"AHEAD ({distance})", "; --allow ahead=recall:0.8@1 stands in"
-    if Needs.EMBEDDING in needs and meta.embedding == "none" and not allowed.no_embedding:
-        yield "EMBEDDING", "; --allow embedding=none stands in"
-    if Needs.NORMS in needs and not meta.has_norms and not allowed.unit_norms:
-        yield "NORMS", "; --allow norms=unit stands in"
-
-
-def _fitting(experts: Sequence[ExpertId] | range, world: World, allocator: str) -> list[ExpertId]:
-    """As many as fit, in order."""
-    ledger = Ledger(world.expert_bytes, world.experts, world.capacity_bytes, allocator=allocator)
-    left = list(world.capacity_bytes)
-    chosen = []
-    for expert in experts:
-        if not 0 <= expert < world.size:
-            raise UsageError(
-                f"--initial: expert {expert} is out of range; ids end at {world.size - 1}"
-            )
-        layer = expert // world.experts
-        cache = layer if world.scope == "layer" else 0
-        nbytes = ledger.bytes_of[expert]
-        if nbytes <= left[cache]:
-            left[cache] -= nbytes
-            chosen.append(expert)
-    return chosen
 
 
 def _join(columns: Sequence[Columns]) -> Columns:
@@ -638,29 +532,3 @@ def _request_row(times: Any) -> dict[str, Any]:
     names = ("request", "arrival_ns", "begin_ns", "first_token_ns", "end_ns", "ttft_ns", "tpot_ns")
     more = ("prompt_tokens", "output_tokens", "stall_ns", "misses")
     return {name: getattr(times, name) for name in (*names, *more)}
-
-
-def _rung(rung: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "hits": rung["hits"],
-        "misses": rung["misses"],
-        "time_ns": rung["time_ns"],
-        "of_run": _ratio(rung["time_ns"], run["time_ns"]),
-    }
-
-
-def _must_load(run: dict[str, Any]) -> bool:
-    """Whether the bound on time holds: every use needs a load, and none was free at the start.
-
-    Prefetching cannot lower the number of loads (delay each to its demand, and the same residents
-    serve), so the loads of MIN with bypass occupy the link at least.
-    """
-    fetched = not run["lossy"] and not run["served"]["cpu"] and not run["served"]["skip"]
-    return fetched and run["initial"] == "cold" and bool(run["sizes_equal"])
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
-__all__ = ["LADDER", "Costs", "Request", "replay", "shaped"]

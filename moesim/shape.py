@@ -1,0 +1,71 @@
+"""What a run's world is made of: a model in the trace's shape, and what fits a capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from moesim.errors import UsageError
+from moesim.ledger import Ledger
+from moesim.profile import ModelProfile
+from moesim.protocol import World
+from moesim.traces.schema import TraceMeta
+from moesim.types import ExpertId, IntArray
+
+
+def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
+    """A model profile with the trace's shape: per-layer numbers are stretched over its layers.
+
+    So the routing of one model can be replayed with the bytes and times of another (``--costs``).
+    """
+    if model.layers == meta.layers:
+        return replace(model, experts=meta.experts, top_k=meta.top_k, stacks=meta.model.stacks)
+
+    def stretched(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, int):
+            return value
+        return tuple(value[layer * len(value) // meta.layers] for layer in range(meta.layers))
+
+    return replace(
+        model,
+        layers=meta.layers,
+        experts=meta.experts,
+        top_k=meta.top_k,
+        stacks=meta.model.stacks,
+        expert_bytes=tuple(stretched(b) for b in model.expert_bytes),
+        dense_bytes=stretched(model.dense_bytes),
+        dense_flops_per_token=stretched(model.dense_flops_per_token),
+        kv_bytes_per_token_per_layer=stretched(model.kv_bytes_per_token_per_layer),
+        kv_window_tokens=stretched(model.kv_window_tokens),
+    )
+
+
+def all_precisions(model: ModelProfile) -> IntArray:
+    """int64 [precisions, layers], bytes of one expert."""
+    return np.stack([model.expert_bytes_table(p) for p in range(len(model.precisions))])
+
+
+def decode_from(meta: TraceMeta) -> int:
+    """First layer of the last stack: an encoder runs in the prefill alone."""
+    return meta.stack_ranges()[-1][1]
+
+
+def fitting(experts: Iterable[ExpertId], world: World, allocator: str) -> list[ExpertId]:
+    """As many as fit, in order."""
+    ledger = Ledger(world.expert_bytes, world.experts, world.capacity_bytes, allocator=allocator)
+    left = list(world.capacity_bytes)
+    chosen = []
+    for expert in experts:
+        if not 0 <= expert < world.size:
+            raise UsageError(
+                f"--initial: expert {expert} is out of range; ids end at {world.size - 1}"
+            )
+        layer = expert // world.experts
+        cache = layer if world.scope == "layer" else 0
+        nbytes = ledger.bytes_of[expert]
+        if nbytes <= left[cache]:
+            left[cache] -= nbytes
+            chosen.append(expert)
+    return chosen
