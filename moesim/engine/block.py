@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 from moesim.costs import Costs
@@ -205,7 +206,8 @@ def _run_of_passes(steps: Sequence[Step], first: int) -> int:
 
 
 def _gather(pieces: list[AnyArray]) -> AnyArray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    # Always a copy: what a reader gives may not be written, which is another type to numba.
+    return np.concatenate(pieces)
 
 
 def _unite_rows(experts: Any, starts: Any, phases: Any, size: int) -> Any:
@@ -237,6 +239,12 @@ def _unite_rows(experts: Any, starts: Any, phases: Any, size: int) -> Any:
 
 
 _unite = entry(_unite_rows, allocates=True)
+
+
+def calls() -> list[tuple[Any, Any]]:
+    """What Python calls here, and the types that it calls it with."""
+    experts, starts = numba.uint16[:, ::1], numba.int64[::1]
+    return [(_unite, (experts, starts, numba.uint8[::1], numba.int64))]
 
 
 def _flatten(

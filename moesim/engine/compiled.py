@@ -6,6 +6,7 @@ So the compiled code lies in a folder named by a digest of all sources that it i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -18,13 +19,13 @@ from typing import Any, TypeVar, cast
 
 import numba
 
-from moesim.errors import UsageError
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
 """What compiled code is made of, below the package."""
+
+SEAL = ".sha256"
 
 # Nothing is allocated in the core, and counting references to the machine's arrays at every call
 # would cost more than the work.
@@ -73,6 +74,7 @@ def cache_folder() -> Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
+                _distrust(folder)
                 return folder
         except OSError:
             continue
@@ -90,20 +92,37 @@ def source_digest() -> str:
 
 
 @cache
-def announce() -> None:
-    """Say on stderr that compiling takes a while, if nothing was compiled before."""
+def load(*calls: tuple[Any, Any]) -> None:
+    """Compile functions for the arguments that they will get, or load what was kept; then seal it.
+
+    Says on stderr that compiling takes a while, if nothing was kept.
+    """
     folder = cache_folder()
     if folder is None or not any(folder.rglob("*.nbc")):
         print("moesim: compiling the fast engine, once for this version", file=sys.stderr)
-
-
-def refuse_damaged(error: Exception) -> UsageError:
-    """What to tell when kept code cannot be loaded; the folder is emptied for the next run."""
-    folder = cache_folder()
+    for function, signature in calls:
+        function.compile(signature)
     if folder is not None:
-        for path in folder.rglob("*.nb*"):
-            path.unlink(missing_ok=True)
-    return UsageError(
-        f"{folder}: kept compiled code is damaged ({type(error).__name__}) and was removed; "
-        "run again"
-    )
+        _seal(folder)
+
+
+def _seal(folder: Path) -> None:
+    """Put a checksum beside each kept file: damaged machine code must never be run."""
+    for path in folder.rglob("*.nb?"):
+        with contextlib.suppress(OSError):
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_text(_checksum(path))
+            beside.replace(path.with_name(path.name + SEAL))
+
+
+def _distrust(folder: Path) -> None:
+    """Remove what has no seal, or not its own: numba then compiles again."""
+    for path in folder.rglob("*.nb?"):
+        seal = path.with_name(path.name + SEAL)
+        with contextlib.suppress(OSError):
+            if not seal.exists() or seal.read_text() != _checksum(path):
+                path.unlink()
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

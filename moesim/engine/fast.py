@@ -7,14 +7,13 @@ rules are there, what the arrays hold is in ``moesim.engine.fields``.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moesim.engine import kernel
+from moesim.engine import block, kernel
 from moesim.engine.block import BlockMaker
-from moesim.engine.compiled import announce, refuse_damaged
+from moesim.engine.compiled import load
 from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.engine.setup import Setup
 from moesim.engine.tally import FATES, Counts, RequestTimes, Tally
@@ -97,7 +96,6 @@ class FastEngine:
                 "use --engine reference for this one"
             )
         assert isinstance(setup.policy, SeatPolicy)
-        announce()
         self.setup = setup
         self.policy = setup.policy
         self.policy.begin(restrict(setup.world, self.policy.needs))
@@ -105,6 +103,7 @@ class FastEngine:
         self.spans: list[tuple[str, int, int, int]] | None = [] if setup.options.timeline else None
         self._future = self._needed_future()
         self._machine = _machine(setup, self.policy, self._future)
+        load(*kernel.calls(self._machine), *block.calls())
         self._blocks = BlockMaker(
             setup.costs,
             setup.world.experts,
@@ -165,15 +164,14 @@ class FastEngine:
     # ---- running ---------------------------------------------------------------------------------
 
     def _serve(self, steps: Sequence[Step]) -> None:
-        block = self._blocks.make(steps, self._future, [self._kv_bytes(s) for s in steps])
+        made = self._blocks.make(steps, self._future, [self._kv_bytes(s) for s in steps])
         machine = self._machine._replace(
-            ev=block.events, dem=block.demand, said=block.said, st=block.steps
+            ev=made.events, dem=made.demand, said=made.said, st=made.steps
         )
-        s = machine.s
-        s[S.STEP] = 0
+        machine.s[S.STEP] = 0
         kernel.schedule_step(machine)
         self._run(machine)
-        for step, row in zip(steps, block.steps.tolist(), strict=True):
+        for step, row in zip(steps, made.steps.tolist(), strict=True):
             self._account(step, row)
 
     def _idle(self, until_ns: int) -> None:
@@ -181,11 +179,8 @@ class FastEngine:
         self._run(self._machine)
 
     def _run(self, machine: kernel.M) -> None:
-        try:
-            while not kernel.run(machine):
-                self._drain(machine)
-        except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise refuse_damaged(error) from error
+        while not kernel.run(machine):
+            self._drain(machine)
         self._drain(machine)
 
     def _drain(self, machine: kernel.M) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
 from moesim import hashing, log
@@ -1300,6 +1301,19 @@ def next_expert(m: M) -> bool:
         wait(m, Does.CPU)
         return True
     return False
+
+
+def calls(machine: M) -> list[tuple[Any, Any]]:
+    """What Python calls here, and the types that it calls it with."""
+    typeof: Any = numba.typeof
+    m, key = typeof(machine), numba.int64
+    return [
+        (run, (m,)),
+        (schedule_step, (m,)),
+        (schedule_idle, (m, key)),
+        (place, (m, key)),
+        (finish, (m,)),
+    ]
 
 
 @entry
