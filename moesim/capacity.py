@@ -61,6 +61,8 @@ def parse_capacity(text: str, scope: str, expert_bytes: IntArray, experts: int) 
     if match := re.fullmatch(r"([0-9]+)/layer", text):
         scope, given = "layer", tuple(int(match[1]) * size for size in sizes)
     elif match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text):
+        if Fraction(match[1]) > 100:
+            raise UsageError(f"--capacity {text}: more than there is; 100% holds every expert")
         given = _share(Fraction(match[1]) / 100, scope, sizes, experts)
     elif text.isascii() and text.isdecimal():
         given = _split(int(text) * sum(sizes) // len(sizes), scope, sizes)
@@ -74,8 +76,6 @@ def parse_capacity(text: str, scope: str, expert_bytes: IntArray, experts: int) 
 
 
 def _share(share: Fraction, scope: str, sizes: list[int], experts: int) -> tuple[int, ...]:
-    if share > 1:
-        raise UsageError("--capacity: more than 100% of the experts' bytes; 100% holds them all")
     if scope == "global":
         return (int(share * sum(sizes) * experts),)
     return tuple(int(share * experts) * size for size in sizes)

@@ -25,7 +25,8 @@ from moesim.profile import (
 )
 
 _NS = 10**9
-_INT64 = 2**63 - 1
+_LONGEST = 2**62
+"""No action may take longer: two of them must still fit int64."""
 _STRENGTH = {"assumed": 0, "datasheet": 1, "computed": 2, "config": 2, "measured": 2}
 _Points = Sequence[tuple[int, int]]
 
@@ -34,7 +35,7 @@ def make_costs(model: ModelProfile, hardware: HardwareProfile) -> Costs:
     """The costs of ``model`` on ``hardware``.
 
     Raises ProfileError when a table was measured for another model, or when one action would take
-    longer than int64 nanoseconds hold.
+    longer than the clock holds (146 years).
     """
     compute = hardware.compute
     if isinstance(compute, Table) and compute.model not in ("", model.name):
@@ -51,10 +52,10 @@ def make_costs(model: ModelProfile, hardware: HardwareProfile) -> Costs:
             costs.expert_ns(1, layer),
             costs.cpu_expert_ns(1, layer),
         )
-        if slowest > _INT64:
+        if slowest > _LONGEST:
             raise ProfileError(
                 f"{hardware.name}: one action of layer {layer} of {model.name} takes {slowest} ns,"
-                " more than int64 holds; raise the rate that is too small"
+                " more than the clock holds; raise the rate that is too small"
             )
     return costs
 

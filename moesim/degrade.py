@@ -66,12 +66,18 @@ def parse_allowed(texts: Sequence[str]) -> Allowed:
     for text in texts:
         match = re.fullmatch(r"ahead=recall:([0-9.]+)(?:@([0-9]+))?", text)
         if match:
-            recall = Recall(_rate(match[1], text), int(match[2] or 0))
+            recall = Recall(_rate(match[1], text), _seed(match[2] or "0", text))
         elif text in CHOICES[:3]:
             flags.add(text)
         else:
             raise UsageError(f"--allow {text}: unknown; choose from {', '.join(CHOICES)}")
     return Allowed("gate=topk" in flags, "embedding=none" in flags, "norms=unit" in flags, recall)
+
+
+def _seed(text: str, whole: str) -> int:
+    if int(text) >= 1 << 63:
+        raise UsageError(f"--allow {whole}: the seed must be below 2**63")
+    return int(text)
 
 
 def _rate(text: str, whole: str) -> float:

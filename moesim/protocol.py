@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from moesim.errors import UsageError
 from moesim.types import (
     NO_PLAN,
     AnyArray,
@@ -221,6 +222,15 @@ class PrefetchSeat(Seat):
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """Prefetches and cancellations; by default none."""
         return NO_PLAN
+
+
+MOST_DISTANT = 1024
+
+
+def check_distance(distance: int) -> None:
+    """UsageError unless a prefetch seat looks 1 to 1024 layer events ahead."""
+    if not 1 <= distance <= MOST_DISTANT:
+        raise UsageError(f"prefetch.distance={distance}: must lie between 1 and {MOST_DISTANT}")
 
 
 class MissSeat(Seat):

@@ -8,10 +8,14 @@ is a built-in, an entry point of the group ``moesim.seats`` (named ``kind.name``
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from moesim.errors import PolicyError, UsageError
@@ -71,12 +75,14 @@ class PolicySpec:
         """What determines its answers: classes, versions and resolved parameters."""
         if self.factory:
             version = getattr(_load(self.factory), "version", 1)
-            return {"class": self.factory, "version": version}
+            return {"class": self.factory, "version": version, "source": _source(self.factory)}
         described = {}
         for kind, ref in sorted(self.seats.items()):
             seat = _make(kind, ref, self.parameters[kind])
             values = {f.name: getattr(seat, f.name) for f in _fields(type(seat))}
             described[kind] = {"class": ref, "version": seat.version, "parameters": values}
+            if not ref.startswith("moesim."):
+                described[kind]["source"] = _source(ref)
         return described
 
 
@@ -111,14 +117,14 @@ def resolve(names: Sequence[str], settings: Sequence[str] = ()) -> list[PolicySp
 
 def policy_names() -> list[str]:
     """Presets and installed policies."""
-    return [*PRESETS, *sorted(e.name for e in _others("moesim.policies", PRESETS))]
+    return [*PRESETS, *sorted(e.name for e in _others("moesim.policies"))]
 
 
 def seat_names(kind: str) -> list[str]:
     """Built-in and installed seats of a kind."""
     prefix = f"{kind}."
     known = [n for n in SEATS if n.startswith(prefix)]
-    extra = sorted(e.name for e in _others("moesim.seats", SEATS) if e.name.startswith(prefix))
+    extra = sorted(e.name for e in _others("moesim.seats") if e.name.startswith(prefix))
     return [n.removeprefix(prefix) for n in (*known, *extra)]
 
 
@@ -144,7 +150,7 @@ def _preset(name: str) -> Preset | str:
         return PRESETS[name]
     if ":" in name:
         return name
-    for entry in _others("moesim.policies", PRESETS):
+    for entry in _others("moesim.policies"):
         if entry.name == name:
             loaded = entry.load()
             return loaded if isinstance(loaded, Preset) else entry.value
@@ -192,19 +198,20 @@ def _seat_ref(kind: str, name: str) -> str:
     if full in SEATS:
         _refuse_double(full, "moesim.seats", SEATS)
         return SEATS[full]
-    for entry in _others("moesim.seats", SEATS):
+    for entry in _others("moesim.seats"):
         if entry.name == full:
             return entry.value
     raise UsageError(f"--set {kind}={name}: unknown; {close_matches(name, seat_names(kind))}")
 
 
-def _others(group: str, builtin: Iterable[str]) -> list[EntryPoint]:
+@cache
+def _others(group: str) -> tuple[EntryPoint, ...]:
     """Entry points that other packages registered."""
-    return [e for e in entry_points(group=group) if not e.value.startswith("moesim.")]
+    return tuple(e for e in entry_points(group=group) if not e.value.startswith("moesim."))
 
 
 def _refuse_double(name: str, group: str, builtin: Mapping[str, object]) -> None:
-    for entry in _others(group, builtin):
+    for entry in _others(group):
         if entry.name == name:
             owner = entry.dist.name if entry.dist else entry.value
             raise UsageError(
@@ -214,17 +221,32 @@ def _refuse_double(name: str, group: str, builtin: Mapping[str, object]) -> None
 
 
 def _load(ref: str) -> Any:
-    module, _, name = ref.partition(":")
-    if not module or not name:
+    name, _, attribute = ref.partition(":")
+    if not name or not attribute:
         raise UsageError(f"{ref}: write module:Class")
+    module = _imported(ref, name)
+    if not hasattr(module, attribute):
+        raise UsageError(f"{ref}: {name} has no {attribute}; write module:Class")
+    return getattr(module, attribute)
+
+
+def _imported(ref: str, name: str) -> ModuleType:
     try:
-        return getattr(import_module(module), name)
+        return import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{ref}: no module {error.name}; check the spelling or install it"
         ) from None
-    except AttributeError:
-        raise UsageError(f"{ref}: {module} has no {name}; write module:Class") from None
+    except Exception as error:
+        if name.startswith("moesim."):
+            raise
+        raise UsageError(f"{ref}: cannot be imported: {type(error).__name__}: {error}") from None
+
+
+def _source(ref: str) -> str | None:
+    """SHA-256 (hex) of the file that defines a class from outside; None if it has none."""
+    path = getattr(_imported(ref, ref.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
 def _call(ref: str, parameters: Mapping[str, object]) -> Any:

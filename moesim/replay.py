@@ -25,7 +25,6 @@ from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
-from moesim.ledger import LedgerError
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
@@ -116,6 +115,8 @@ class _Run:
     engine: Engine | None = None
     summary: dict[str, Any] | None = None
     rung: str = ""
+    owner: _Replay | None = None
+    """Whose request it follows: a rung of the ladder has one of its own."""
 
 
 def replay(request: Request, progress: Progress | None = None) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class _Replay:
             raise NotRunError(refused[0]["not_run"])
         self._feed([r for r in planned if r.engine is not None], progress)
         wall_s = (time.perf_counter() - started) / max(1, len(planned))
-        finished = [(run.rung, self._finish(run, wall_s)) for run in planned]
+        finished = [(run.rung, (run.owner or self)._finish(run, wall_s)) for run in planned]
         reported = [summary for rung, summary in finished if not rung]
         if self.request.ladder:
             self._climb(reported, [pair for pair in finished if pair[0]])
@@ -196,7 +197,8 @@ class _Replay:
         name = self._engine_name(spec)
         manifest = self._manifest(spec, capacity, name)
         run = _Run(spec, capacity, inputs, manifest, digest_of(manifest)[:16], name)
-        if self.store is not None:
+        # What a policy from outside imports may have changed unseen, so it always runs afresh.
+        if self.store is not None and not spec.foreign:
             timeline = self.request.options.timeline
             run.summary = self.store.finished(run.run_id, timeline=timeline)
         if run.summary is None:
@@ -231,8 +233,15 @@ class _Replay:
         return [*runs, self._rung(ladder.ROOF, spec, Capacity("100%", "global", everything))]
 
     def _rung(self, name: str, spec: PolicySpec, capacity: Capacity) -> _Run:
-        run = self._configure(spec, capacity, Inputs(spec.build().needs))
-        run.rung = name
+        """A rung means the same whatever the run starts from and is calibrated on."""
+        options = self.request.options
+        if name == ladder.ROOF:
+            options = replace(options, share_kv=False)
+        apart = replace(self.request, initial="", calibration=None, options=options)
+        whole = _Replay(apart)
+        whole._future = self._future = self.future()
+        run = whole._configure(spec, capacity, Inputs(spec.build().needs))
+        run.rung, run.owner = name, whole
         return run
 
     def _climb(
@@ -498,10 +507,8 @@ def _blaming(spec: PolicySpec) -> Iterator[None]:
         yield
     except PolicyError as error:
         raise PolicyError(f"{spec.name}: {error}") from None
-    except (MoesimError, AssertionError, LedgerError):
-        raise
     except Exception as error:
-        if not spec.foreign:
+        if isinstance(error, MoesimError) or not spec.foreign:
             raise
         # SimPy raises a copy; where it came from is its cause.
         last = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import UsageError
-from moesim.protocol import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World, check_distance
 from moesim.types import NO_PLAN, Fact, Gate, Needs, Plan, Prefetch
 
 
@@ -24,9 +24,8 @@ class HotSet(PrefetchSeat):
     width: int = 0
 
     def __post_init__(self) -> None:
-        """At least the next layer."""
-        if self.distance < 1:
-            raise UsageError(f"prefetch.distance={self.distance}: must be at least 1")
+        """Some layers ahead."""
+        check_distance(self.distance)
         if self.width < 0:
             raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import UsageError
-from moesim.protocol import CacheView, Future, PrefetchSeat, World
+from moesim.protocol import CacheView, Future, PrefetchSeat, World, check_distance
 from moesim.types import NO_PLAN, ExpertId, Fact, Gate, Needs, Plan, Prefetch
 
 
@@ -18,9 +17,8 @@ class LookAhead(PrefetchSeat):
     distance: int = 1
 
     def __post_init__(self) -> None:
-        """At least the next layer event."""
-        if self.distance < 1:
-            raise UsageError(f"prefetch.distance={self.distance}: must be at least 1")
+        """Some layer events ahead."""
+        check_distance(self.distance)
 
     def begin(self, world: World) -> None:
         """Take the future."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moesim.errors import UsageError
-from moesim.protocol import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World, check_distance
 from moesim.types import DROPPED, NO_PLAN, ExpertId, Fact, Gate, Needs, Plan, Prefetch
 
 
@@ -33,9 +33,8 @@ class NextGate(PrefetchSeat):
     _named: dict[int, list[ExpertId]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """At least the next layer."""
-        if self.distance < 1:
-            raise UsageError(f"prefetch.distance={self.distance}: must be at least 1")
+        """Some layers ahead."""
+        check_distance(self.distance)
         if self.width < 0:
             raise UsageError(f"prefetch.width={self.width}: must be 0 (all) or more")
 

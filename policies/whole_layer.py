@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import UsageError
-from moesim.protocol import CacheView, PrefetchSeat, World
+from moesim.protocol import CacheView, PrefetchSeat, World, check_distance
 from moesim.types import NO_PLAN, Fact, Gate, Plan, Prefetch
 
 
@@ -17,9 +16,8 @@ class WholeLayer(PrefetchSeat):
     distance: int = 1
 
     def __post_init__(self) -> None:
-        """At least the next layer."""
-        if self.distance < 1:
-            raise UsageError(f"prefetch.distance={self.distance}: must be at least 1")
+        """Some layers ahead."""
+        check_distance(self.distance)
 
     def begin(self, world: World) -> None:
         """Take the shapes."""

@@ -20,7 +20,7 @@ from moesim.policy import PlainPolicy
 from moesim.registry import resolve, seat_class
 from moesim.types import Needs
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
-from tests.strategies import Case, cases, specs
+from tests.strategies import Case, cases, machine, specs
 from tests.test_laws import mixed_case
 
 
@@ -67,9 +67,34 @@ def test_i8_every_seat_with_every_other(number: int) -> None:
         equal(mixed_case(rng), "lru", f"keep={keep}", f"prefetch={prefetch}", f"miss={miss}")
 
 
-@given(cases(), st.sampled_from(sorted(PRESETS)))
-def test_i8_in_flat_mode(case: Case, name: str) -> None:
-    equal(replace(case, options=replace(case.options, flat=True)), name)
+@given(cases(), specs())
+def test_i8_in_flat_mode(case: Case, spec: tuple[str, tuple[str, ...]]) -> None:
+    equal(replace(case, options=replace(case.options, flat=True)), spec[0], *spec[1])
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_i8_in_flat_mode_an_access_knows_its_own_token_alone(keep: str) -> None:
+    """Prompts whose tokens are predicted differently, in a cache that holds few."""
+    rng = np.random.default_rng(7)
+    for cancel in ("true", "false"):
+        case = mixed_case(rng)
+        tight = replace(
+            case,
+            capacity_bytes=(4,),
+            batch=3,
+            chunk_tokens=0,
+            options=replace(case.options, flat=True),
+        )
+        equal(tight, "next-gate", f"keep={keep}", f"prefetch.cancel={cancel}")
+
+
+def test_the_clock_has_an_end() -> None:
+    """Where the reference refuses a run of more than 146 years, so does the compiled engine."""
+    case = mixed_case(np.random.default_rng(1))
+    slow = replace(case, hardware=machine(dense_ns=1 << 61, expert_ns=1))
+    reference = outcome(ReferenceEngine, slow, "lru")
+    assert "146 years" in reference["refused"]
+    assert outcome(FastEngine, slow, "lru") == reference
 
 
 def test_every_built_in_seat_is_compiled() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +218,7 @@ def _hardware(args: argparse.Namespace) -> HardwareProfile:
     rate = parse_bytes(args.bandwidth.removesuffix("/s"), "--bandwidth")
     if not rate:
         raise UsageError("--bandwidth 0: must be more than nothing")
-    return replace(hardware.with_bandwidth(float(rate)))
+    return hardware.with_bandwidth(float(rate))
 
 
 def _initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
@@ -233,7 +232,7 @@ def _initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
         raise UsageError(
             f"--initial {text}: {error.strerror}; write cold, static or the path of a JSON file"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"--initial {text}: not JSON; write a list of expert ids") from None
     if not isinstance(experts, list) or not all(type(e) is int for e in experts):
         raise UsageError(f"--initial {text}: must be a list of expert ids (whole numbers)")

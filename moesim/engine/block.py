@@ -12,8 +12,12 @@ import numpy as np
 from moesim.costs import Costs
 from moesim.engine.compiled import entry
 from moesim.engine.fields import D, E, T
+from moesim.errors import UsageError
 from moesim.types import DROPPED, AnyArray, IntArray
 from moesim.workload import KnownFuture, Step, Work, layer_spans
+
+LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
+"""What a look-up of costs packs into one number."""
 
 Piece = tuple[Work, int, int]
 """Rows ``first`` to ``last`` of a request."""
@@ -65,12 +69,16 @@ class BlockMaker:
         demand[:, D.EXPERT] = ids + layers[of_event] * self._experts
         demand[:, D.TOKENS] = tokens
         demand[:, D.PHASE] = phase
-        said = self._predictions(rows, starts, events)
         counts = rows.counts
+        # In flat mode an access knows the predictions of its own token alone.
+        bounds = np.arange(len(experts) + 1) if self._flat else starts
+        said, of_row = self._predictions(rows, bounds)
         if self._flat:
             events, demand, counts = _flatten(
-                events, experts, phases, starts, counts, self._experts
+                events, experts, phases, starts, counts, of_row, self._experts
             )
+        else:
+            events[:, E.PLAN], events[:, E.PLANS] = of_row[:-1], np.diff(of_row)
         self._add_costs(events, demand)
         if future is not None:
             _, _, following = future.table
@@ -80,38 +88,41 @@ class BlockMaker:
         return Block(events, demand, self._steps(steps, counts, kv), said)
 
     def _dense_ns(self, rows: _Rows) -> IntArray:
-        packed = (rows.tokens << 44) | (rows.contexts << 12) | rows.layers
+        _refuse_too_many("tokens", rows.tokens, TOKEN_BITS)
+        _refuse_too_many("cached positions", rows.contexts, CONTEXT_BITS)
+        _refuse_too_many("layers", rows.layers, LAYER_BITS)
+        packed = (rows.tokens << CONTEXT_BITS | rows.contexts) << LAYER_BITS | rows.layers
         kinds, which = np.unique(packed, return_inverse=True)
         known = self._dense
         for kind in kinds.tolist():
             if kind not in known:
-                context = (kind >> 12) & ((1 << 32) - 1)
-                known[kind] = self._costs.dense_ns(kind >> 44, context, kind & 4095)
+                rest, layer = divmod(kind, 1 << LAYER_BITS)
+                tokens, context = divmod(rest, 1 << CONTEXT_BITS)
+                known[kind] = self._costs.dense_ns(tokens, context, layer)
         found: IntArray = np.array([known[kind] for kind in kinds.tolist()], np.int64)[which]
         return found
 
     def _add_costs(self, events: IntArray, demand: IntArray) -> None:
         layer = demand[:, D.EXPERT] // self._experts
-        packed = (demand[:, D.TOKENS] << 12) | layer
+        packed = demand[:, D.TOKENS] << LAYER_BITS | layer
         kinds, which = np.unique(packed, return_inverse=True)
-        pairs = [(int(kind) >> 12, int(kind) & 4095) for kind in kinds]
+        pairs = [divmod(kind, 1 << LAYER_BITS) for kind in kinds.tolist()]
         ns = np.array([self._costs.expert_ns(*pair) for pair in pairs], np.int64)
         demand[:, D.NS] = ns[which]
         if self._cpu:
             ns = np.array([self._costs.cpu_expert_ns(*pair) for pair in pairs], np.int64)
             demand[:, D.CPU_NS] = ns[which]
 
-    def _predictions(self, rows: _Rows, starts: IntArray, events: IntArray) -> IntArray:
-        """Each event's predictions, once each, in order of first mention."""
+    def _predictions(self, rows: _Rows, starts: IntArray) -> tuple[IntArray, IntArray]:
+        """The predictions of rows ``starts[i]`` to ``starts[i + 1]``, once each, in order of first
+        mention; and where each begins, and the end."""
         if not self._distance:
-            return np.zeros(1, np.int64)
+            return np.zeros(1, np.int64), np.zeros(len(starts), np.int64)
         ahead = _gather([w.ahead[self._distance][a:b] for w, a, b in rows.pieces])
         ahead = ahead[:, : self._width] if self._width else ahead
         none = np.zeros(len(ahead), np.uint8)
         ids, _, _, ends = _unite(np.ascontiguousarray(ahead), starts, none, self._experts)
-        events[:, E.PLAN] = ends[:-1]
-        events[:, E.PLANS] = np.diff(ends)
-        return np.append(ids, 0)
+        return np.append(ids, 0), ends
 
     def _steps(self, steps: Sequence[Step], counts: IntArray, kv: Sequence[int]) -> IntArray:
         table = np.zeros((len(steps), len(T)), np.int64)
@@ -205,6 +216,14 @@ def _run_of_passes(steps: Sequence[Step], first: int) -> int:
     return last
 
 
+def _refuse_too_many(what: str, values: IntArray, bits: int) -> None:
+    if len(values) and int(values.max()) >= 1 << bits:
+        raise UsageError(
+            f"--engine fast: a layer event has {int(values.max())} {what}, and it takes fewer than "
+            f"{1 << bits}; use --engine reference or --chunk-tokens"
+        )
+
+
 def _gather(pieces: list[AnyArray]) -> AnyArray:
     # Always a copy: what a reader gives may not be written, which is another type to numba.
     return np.concatenate(pieces)
@@ -253,6 +272,7 @@ def _flatten(
     phases: AnyArray,
     starts: IntArray,
     counts: IntArray,
+    said: IntArray,
     size: int,
 ) -> tuple[IntArray, IntArray, IntArray]:
     """``workload.flat_events``: every access an event of its own."""
@@ -265,6 +285,7 @@ def _flatten(
     flat[:, E.PHASE] = phases[row]
     flat[:, E.FIRST] = np.arange(len(kept))
     flat[:, E.COUNT] = 1
+    flat[:, E.PLAN], flat[:, E.PLANS] = said[row], said[row + 1] - said[row]
     demand = np.zeros((len(kept), D.STATUS), np.int64)
     demand[:, D.EXPERT] = experts.reshape(-1)[kept] + flat[:, E.LAYER] * size
     demand[:, D.TOKENS] = 1

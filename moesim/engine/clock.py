@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 
 import simpy
 
+from moesim.errors import UsageError
+from moesim.types import NEVER
+
 
 class Rank(IntEnum):
     """What happens first when several things happen at the same nanosecond (design rule 2)."""
@@ -20,6 +23,11 @@ class Rank(IntEnum):
     GATE = 5
     LINK_GRANT = 6
 
+
+TOO_LONG = (
+    "the run takes more than 146 years on the clock; raise the bandwidth or the rates of the "
+    "hardware profile, or replay fewer requests (--limit)"
+)
 
 # Plain integers: an enumeration's members are slow to name where every event does it.
 LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = map(int, Rank)
@@ -45,6 +53,8 @@ class Clock(simpy.Environment):
         """Let an event without a time happen."""
         # SimPy's own ``succeed`` and ``timeout`` know two priorities only; the order within a
         # nanosecond needs seven, and the queue sorts by any integer.
+        if self._now + delay_ns >= NEVER:
+            raise UsageError(TOO_LONG)
         event._ok = True
         event._value = None
         self.schedule(event, rank, delay_ns)  # type: ignore[arg-type]

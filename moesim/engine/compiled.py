@@ -68,11 +68,16 @@ def cache_folder() -> Path | None:
     """
     given = os.environ.get("MOESIM_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    places = [given] if given else [home, tempfile.gettempdir()]
-    for place in places:
-        folder = Path(place) / "moesim" / source_digest()
+    shared = Path(tempfile.gettempdir()) / f"moesim-{os.getuid()}"
+    for place in [given] if given else [home, shared]:
+        top = Path(place) / "moesim"
+        folder = top / source_digest()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            top.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Loading runs what lies there, so it must be nobody else's.
+            if top.stat().st_uid != os.getuid() or top.stat().st_mode & 0o022:
+                continue
+            folder.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 _distrust(folder)
                 return folder

@@ -13,6 +13,7 @@ import numpy as np
 
 from moesim.engine import block, kernel
 from moesim.engine.block import BlockMaker
+from moesim.engine.clock import TOO_LONG
 from moesim.engine.compiled import load
 from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.engine.setup import Setup
@@ -179,9 +180,12 @@ class FastEngine:
         self._run(self._machine)
 
     def _run(self, machine: kernel.M) -> None:
-        while not kernel.run(machine):
+        stopped = kernel.SPANS_FULL
+        while stopped == kernel.SPANS_FULL:
+            stopped = kernel.run(machine)
             self._drain(machine)
-        self._drain(machine)
+        if stopped == kernel.TOO_LONG:
+            raise UsageError(TOO_LONG)
 
     def _drain(self, machine: kernel.M) -> None:
         if self.spans is None:

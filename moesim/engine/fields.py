@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import IntEnum, auto
 
+from moesim.engine.tally import Counts
+
 
 class _Rows(IntEnum):
     @staticmethod
@@ -258,6 +260,24 @@ class T(_Rows):
     MISSES = auto()
     KV_BYTES = auto()
     """What the KV cache takes of each cache; -1: nothing."""
+
+
+class N(_Rows):
+    """Columns of the counts of a phase, in the order of ``tally.Counts``."""
+
+    ACCESSES = auto()
+    HITS = auto()
+    LATE_HITS = auto()
+    MISSES = auto()
+    LOADS = auto()
+    BYTES_LOADED = auto()
+    ACCESS_BYTES = auto()
+    HIT_BYTES = auto()
+    LATE_BYTES = auto()
+    MISS_BYTES = auto()
+
+
+assert tuple(name.lower() for name in N.__members__) == Counts.__slots__
 
 
 class W(_Rows):

@@ -20,7 +20,7 @@ import numpy as np
 from moesim import hashing, log
 from moesim.engine import clock
 from moesim.engine.compiled import entry, kernel
-from moesim.engine.fields import C, D, Does, E, K, Keep, O, Q, S, T, W, Wish, X
+from moesim.engine.fields import C, D, Does, E, K, Keep, N, O, Q, S, T, W, Wish, X
 from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru
 from moesim.types import NEVER, Serve, State, Status
 
@@ -77,6 +77,9 @@ assert tuple(clock.Rank) == tuple(range(7))
 AFTER_DEMAND = 1 << 19
 """Order of an event's first prefetch: behind any demand."""
 PLACE: A = np.uint64(0x9E3779B97F4A7C15)
+
+# Why the core stops.
+SPANS_FULL, BLOCK_DONE, TOO_LONG = range(3)
 
 # Lanes of a timeline, in the order of ``moesim.timeline.LANES``.
 DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB = range(7)
@@ -427,7 +430,7 @@ def moved_bytes(m: M, key: int) -> A:
 def abandon(m: M, key: int) -> None:
     """``Link._abandon``."""
     moved = moved_bytes(m, key)
-    m.counts[m.k[K.PHASE, key], 5] += moved
+    m.counts[m.k[K.PHASE, key], N.BYTES_LOADED] += moved
     m.s[S.MOVED_OF_CANCELLED] += moved
     m.s[S.CANCELLED] += 1
     m.s[S.CANCELLED_BYTES] += moved
@@ -502,7 +505,7 @@ def is_candidate(m: M, key: int, load: int, mine: int) -> bool:
 
 @kernel
 def choose(m: M, load: int, lacking: int) -> int:
-    """``Link._choose``: fills ``vic``; how many, or -1 if room cannot be made."""
+    """``Link._choose``: fills the victims; how many, or -1 if room cannot be made."""
     cache = m.k[K.CACHE, load]
     first = m.c[C.FIRST, cache]
     last = first + m.c[C.RESIDENTS, cache]
@@ -683,8 +686,8 @@ def link_done(m: M) -> None:
 @kernel
 def landed(m: M, key: int) -> None:
     """``Link._land``."""
-    m.counts[m.k[K.PHASE, key], 4] += 1
-    m.counts[m.k[K.PHASE, key], 5] += m.k[K.COPY, key]
+    m.counts[m.k[K.PHASE, key], N.LOADS] += 1
+    m.counts[m.k[K.PHASE, key], N.BYTES_LOADED] += m.k[K.COPY, key]
     record(m, log.LAND, key)
     if not m.k[K.IS_STAGED, key]:
         land_copy(m, key)
@@ -843,10 +846,10 @@ def claim(m: M) -> None:
         status = m.cur[D.STATUS, i]
         phase = m.cur[D.PHASE, i]
         nbytes += m.k[K.BYTES, key]
-        m.counts[phase, 0] += 1
-        m.counts[phase, 6] += m.k[K.COPY, key]
-        m.counts[phase, 1 + status] += 1
-        m.counts[phase, 7 + status] += m.k[K.COPY, key]
+        m.counts[phase, N.ACCESSES] += 1
+        m.counts[phase, N.ACCESS_BYTES] += m.k[K.COPY, key]
+        m.counts[phase, N.HITS + status] += 1
+        m.counts[phase, N.HIT_BYTES + status] += m.k[K.COPY, key]
         if status == HIT:
             m.k[K.HELD, key] = 0
             if m.k[K.UNUSED, key]:
@@ -1041,17 +1044,19 @@ def put(m: M, n: int, key: int) -> int:
 
 
 @entry
-def run(m: M) -> bool:
-    """Let events happen until the block of steps is done (True) or the spans are full (False)."""
+def run(m: M) -> int:
+    """Let events happen until the block of steps is done, or something is in the way."""
     while True:
         if m.s[O.SPANS] and m.s[S.N_SPANS] > len(m.spans) - 4:
-            return False
+            return SPANS_FULL
         who, when, rank, seq = 0, m.s[S.C_TIME], m.s[S.C_RANK], m.s[S.C_SEQ]
         if before(m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ], when, rank, seq):
             who, when, rank, seq = 1, m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ]
         for i in range(m.s[O.WORKERS]):
             if before(m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i], when, rank, seq):
                 who, when, rank, seq = 2 + i, m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i]
+        if when >= FAR:
+            return TOO_LONG
         m.s[S.NOW] = when
         if who == 1:
             if rank == LINK_GRANT:
@@ -1112,13 +1117,13 @@ def run(m: M) -> bool:
             end_step(m)
             if m.s[S.STEP] == len(m.st):
                 m.s[S.C_TIME] = FAR
-                return True
+                return BLOCK_DONE
             pending(m, 0, STEP_BEGIN, Does.STEP)
             continue
         elif does == Does.IDLE:
             m.s[S.T_IDLE] += m.s[S.NOW] - m.s[S.C_SPAN]
             m.s[S.C_TIME] = FAR
-            return True
+            return BLOCK_DONE
         if not next_expert(m):
             word(m, log.END)
             word(m, m.s[S.NOW])
@@ -1139,7 +1144,7 @@ def begin_step(m: M) -> None:
     row = m.s[S.STEP]
     m.st[row, T.BEGIN_NS] = m.s[S.NOW]
     m.st[row, T.STALL_NS] = -m.s[S.T_STALL]
-    m.st[row, T.MISSES] = -m.counts[0, 3] - m.counts[1, 3]
+    m.st[row, T.MISSES] = -m.counts[0, N.MISSES] - m.counts[1, N.MISSES]
     m.s[S.ROW] = m.st[row, T.FIRST]
     if m.st[row, T.KV_BYTES] >= 0:
         for cache in range(m.s[O.CACHES]):
@@ -1190,7 +1195,7 @@ def end_step(m: M) -> None:
     row = m.s[S.STEP]
     m.st[row, T.END_NS] = m.s[S.NOW]
     m.st[row, T.STALL_NS] += m.s[S.T_STALL]
-    m.st[row, T.MISSES] += m.counts[0, 3] + m.counts[1, 3]
+    m.st[row, T.MISSES] += m.counts[0, N.MISSES] + m.counts[1, N.MISSES]
     m.s[S.STEP] += 1
 
 
@@ -1207,7 +1212,7 @@ def begin_event(m: M) -> None:
 
 @kernel
 def gate(m: M) -> None:
-    """``ReferenceEngine._gate`` and ``SeatPolicy.on``: the plan lies in ``pl``."""
+    """``ReferenceEngine._gate`` and ``SeatPolicy.on``: the plan lies in ``M.plan``."""
     row = m.s[S.ROW]
     m.s[S.EVENT] += 1
     m.s[S.GATE_LAYER] = m.ev[row, E.LAYER]
@@ -1237,7 +1242,7 @@ def gate(m: M) -> None:
 
 @kernel
 def refuted(m: M) -> int:
-    """``NextGate._refuted``: what was named for this gate and is not demanded, into ``pl``."""
+    """``NextGate._refuted``: what was named for this gate and is not demanded, into the plan."""
     n = 0
     row = m.s[S.EVENT] % len(m.named)
     if m.s[O.CANCEL] and m.named[row, 0] == m.s[S.EVENT]:
@@ -1343,7 +1348,7 @@ def finish(m: M) -> None:
         if m.k[K.IS_ISSUED, key]:
             moved = moved_bytes(m, key)
             m.s[S.IN_FLIGHT_BYTES] += moved
-            m.counts[m.k[K.PHASE, key], 5] += moved
+            m.counts[m.k[K.PHASE, key], N.BYTES_LOADED] += moved
             m.s[S.UNUSED_AT_END] += 1
             m.s[S.UNUSED_AT_END_BYTES] += moved
         else:
