@@ -1,7 +1,5 @@
 """``python -m moesim``."""
 
-import sys
+from moesim.cli import program
 
-from moesim.cli import main
-
-sys.exit(main())
+program()

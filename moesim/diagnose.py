@@ -55,8 +55,8 @@ def _warnings(
         # one layer's demand can survive from the token before.
         surely = total <= token_bytes - max(sizes) * meta.top_k
         found.append(
-            f"flood cliff: {capacity.text} holds {total} bytes and one token touches "
-            f"{token_bytes}; a global LRU then hits {'' if surely else 'almost '}nothing in decode"
+            f"flood cliff: {capacity.text} holds {total / 1e9:.3f} GB and one token touches "
+            f"{token_bytes / 1e9:.3f} GB; a global LRU then hits {'' if surely else 'almost '}nothing in decode"
         )
     if capacity.scope == "layer":
         short = [

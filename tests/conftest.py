@@ -13,6 +13,16 @@ settings.load_profile("ci")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Compile the fast engine before any test looks at what a command prints."""
+    from moesim.profile import load_hardware
+    from moesim.replay import Request, replay
+    from moesim.traces.samples import trace_path
+
+    replay(Request(trace=trace_path("demo"), hardware=load_hardware("rtx4090"), limit=1))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real traces beside the checkout; tests that need it skip without it."""

@@ -100,7 +100,7 @@ def test_the_imports_run_one_way() -> None:
 def test_the_entry_points_are_the_table_of_seats(project: dict[str, Any]) -> None:
     groups = project["project"]["entry-points"]
     assert groups["moesim.seats"] == SEATS
-    assert project["project"]["scripts"] == {"moesim": "moesim.cli:main"}
+    assert project["project"]["scripts"] == {"moesim": "moesim.cli:program"}
 
 
 def test_everything_that_is_imported_is_declared(project: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ def head(
     was cut `prompt_tokens`. `progress` is called with the tokens (or requests) of each request
     written. Returns the new metadata; raises `TraceError` or `UsageError`.
     """
+    if Path(source).resolve() == Path(target).resolve():
+        raise UsageError(f"{target}: is the trace that is read; write to another file")
     if (tokens is None) == (requests is None):
         raise UsageError("give either a number of tokens or a number of requests")
     if (tokens or requests or 0) < 1:

@@ -7,6 +7,7 @@ Results go to stdout, progress and errors to stderr. Codes: 0 done, 2 a mistake 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from typing import NoReturn
 
 from moesim import __version__
 from moesim.errors import MoesimError
+
+INTERRUPTED = 130
 
 COMMANDS = ("replay", "trace", "policies", "profiles", "diff")
 
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         code: int = args.func(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("moesim"):
@@ -62,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("moesim: interrupted; nothing half-written was kept", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except MemoryError:
+        print("moesim: error: not enough memory; replay fewer runs at once", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader of our output left; what it wanted, it has.
         _give_up_stdout()
@@ -74,10 +81,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def program() -> NoReturn:
+    """What the installed command and ``python -m moesim`` run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal cannot spell is shown escaped.
+            stream.reconfigure(errors="backslashreplace")
+    code = main()
+    if code == INTERRUPTED:
+        # A Ctrl-C that passed through code made by exec (as imports do) marks the interpreter, and
+        # it would end as if killed, whatever we return. All is cleaned up and told by now.
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _give_up_stdout() -> None:
     """Keep the interpreter from writing the rest to a broken output at its exit."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

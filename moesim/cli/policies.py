@@ -30,11 +30,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from moesim.cli.table import print_table
 
-    rows = [
-        (p["name"], p["keep"], p["prefetch"], p["miss"], p["route"], p["summary"]) for p in policies
-    ]
-    columns = ("policy", "keep", "prefetch", "miss", "route", "what it does")
-    print_table(columns, rows, left=6)
+    rows = [(p["name"], p["keep"], p["prefetch"], p["miss"], p["summary"]) for p in policies]
+    columns = ("policy", "keep", "prefetch", "miss", "what it does")
+    print_table(columns, rows, left=5)
     listed = [
         (
             s["kind"],
@@ -77,7 +75,7 @@ def _seats() -> list[dict[str, Any]]:
                     "parameters": parameters(seat),
                     "needs": [str(n.name) for n in Needs if n in seat.needs and n.name],
                     "lossy": seat.lossy,
-                    "summary": (seat.__doc__ or "").strip().splitlines()[0],
+                    "summary": (seat.__doc__ or "").strip().splitlines()[0].replace("``", ""),
                 }
             )
     return listed

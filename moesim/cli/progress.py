@@ -51,14 +51,17 @@ def _bar(what: str) -> Iterator[Progress]:
 
 
 def _lines(what: str) -> Progress:
-    started = last = time.monotonic()
+    started = last = 0.0
 
     def update(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal started, last
         now = time.monotonic()
-        if now - last >= EVERY_S and done < total:
+        if done == 1:
+            # Compiling, where there was any, is over: it says nothing of the rest.
+            started = last = now
+        elif now - last >= EVERY_S and done < total:
             last = now
-            left_s = (now - started) * (total - done) / done
+            left_s = (now - started) * (total - done) / (done - 1)
             print(f"{what}: {done}/{total} requests, {left_s:.0f} s left", file=sys.stderr)
 
     return update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=_seed, default=0, help="of every random choice [0]")
     group.add_argument(
-        "--calibration", type=Path, metavar="TRACE", help="trace that static sets are fitted on"
+        "--calibration", type=_path, metavar="TRACE", help="trace that static sets are fitted on"
     )
     group.add_argument(
         "--initial",
@@ -134,7 +135,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object")
-    group.add_argument("--out", type=Path, metavar="DIR", help="keep each run in a folder there")
+    group.add_argument("--out", type=_path, metavar="DIR", help="keep each run in a folder there")
     group.add_argument(
         "--timeline", action="store_true", help="write timeline.json for Perfetto (needs --out)"
     )
@@ -182,7 +183,7 @@ def _request(args: argparse.Namespace) -> Request:
         capacities=_words(args.capacity, "25%"),
         settings=args.set,
         scope=args.scope,
-        costs=load_model(args.costs) if args.costs else None,
+        costs=None if args.costs is None else load_model(args.costs),
         options=Options(
             order=args.order,
             flat=args.mode == "flat",
@@ -215,6 +216,8 @@ def _hardware(args: argparse.Namespace) -> HardwareProfile:
         return hardware
     if args.bandwidth == "inf":
         return hardware.with_bandwidth(float("inf"))
+    if not re.fullmatch(r"[0-9.]+ *[A-Za-z]+/s", args.bandwidth):
+        raise UsageError(f"--bandwidth {args.bandwidth}: write a rate such as 25GB/s, or inf")
     rate = parse_bytes(args.bandwidth.removesuffix("/s"), "--bandwidth")
     if not rate:
         raise UsageError("--bandwidth 0: must be more than nothing")
@@ -244,7 +247,9 @@ def _initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
 def _words(given: list[str] | None, default: str) -> tuple[str, ...]:
     """Repeated options and commas, in order, each once."""
     words = [w.strip() for text in given or [default] for w in text.split(",")]
-    return tuple(dict.fromkeys(w for w in words if w)) or (default,)
+    if not all(words):
+        raise UsageError(f"{','.join(given or [])!r} names nothing between its commas; fill it in")
+    return tuple(dict.fromkeys(words))
 
 
 def _seed(text: str) -> int:
@@ -255,6 +260,12 @@ def _seed(text: str) -> int:
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2**63 - 1")
     return value
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("names nothing; write a path")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

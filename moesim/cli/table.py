@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 _WIDE = 200
 
 
 def console() -> Console:
-    """Stdout; as wide as needed where it is no terminal."""
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, width=_WIDE)
+    """Stdout; as wide as needed where it is no terminal. Texts are printed as they are."""
+    out = Console(highlight=False, markup=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, width=_WIDE)
 
 
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, title: str = ""
 ) -> None:
-    """Print rows; the first ``left`` columns are texts, the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    """Print rows; the first ``left`` columns are texts, the others numbers.
+
+    Nothing is ever cut: of texts only the last column may wrap, and a table too wide for the
+    terminal is left to the terminal.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title or None,
+        title_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=index < left)
+        wraps = index == len(columns) - 1 and left == len(columns)
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        table.add_column(name, justify=justify, no_wrap=not wraps, min_width=20 if wraps else None)
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    out = console()
+    least = Measurement.get(out, out.options, table).minimum
+    if least > out.width:
+        out.width = least
+    out.print(table)
 
 
 def print_replay(answer: dict[str, Any]) -> None:
@@ -37,27 +55,19 @@ def print_replay(answer: dict[str, Any]) -> None:
     kind = " (synthetic)" if trace["synthetic"] else ""
     costs = f", costs of {answer['costs']}" if answer["costs"] else ""
     out.print(
-        f"trace {trace['path']}{kind}: {trace['model']}, {trace['layers']} layers x "
+        f"trace {Path(trace['path']).name}{kind}: {trace['model']}, {trace['layers']} layers x "
         f"{trace['experts']} experts, top {trace['top_k']}, {trace['requests']} requests; "
         f"{answer['hardware']}{costs} ({answer['source']})"
     )
     for diagnosis in answer["diagnostics"]:
         _print_diagnosis(out, diagnosis)
     ran = [run for run in answer["runs"] if "not_run" not in run]
-    rows = [_row(run) for run in ran]
-    columns = (
-        "policy",
-        "capacity",
-        "scope",
-        "hit",
-        "late",
-        "miss",
-        "TTFT",
-        "TPOT",
-        "stall",
-        "GB moved",
+    columns = [c for c in COLUMNS if c[2] is None or any(c[2](run) for run in ran)]
+    print_table(
+        [name for name, _, _ in columns],
+        [[cell(run) for _, cell, _ in columns] for run in ran],
+        left=2,
     )
-    print_table((*columns, "prefetch used/issued", "peak GB"), rows, left=3)
     for capacity in dict.fromkeys(run["capacity"] for run in ran if "ladder" in run):
         _print_ladder(capacity, [run for run in ran if run["capacity"] == capacity])
     for note in _notes(ran):
@@ -80,27 +90,37 @@ def _print_diagnosis(out: Console, diagnosis: dict[str, Any]) -> None:
         out.print(f"warning: {warning}", style="yellow")
 
 
-def _row(run: dict[str, Any]) -> tuple[str, ...]:
-    name = (
-        run["policy"] + (" (bound)" if run["oracle"] else "") + (" (lossy)" if run["lossy"] else "")
-    )
-    prefetch = run["prefetch"]
+def _name(run: dict[str, Any]) -> str:
+    marks = [mark for mark, on in (("bound", run["oracle"]), ("lossy", run["lossy"])) if on]
     return (
-        name + (" *" if run["allowed"] else ""),
-        run["capacity"],
-        run["scope"],
-        _share(run["hits"], run["accesses"]),
-        _share(run["late_hits"], run["accesses"]),
-        _share(run["misses"], run["accesses"]),
-        _ms(run["ttft_ns"]["mean"]),
-        _ms(run["tpot_ns"]["mean"]),
-        _share(run["stall_ns"], run["time_ns"]),
-        f"{run['bytes_loaded'] / 1e9:.2f}",
-        f"{prefetch['used'] + prefetch['late']}/{prefetch['issued']}"
-        if prefetch["issued"]
-        else "-",
-        f"{run['peak_bytes'] / 1e9:.2f}",
+        str(run["policy"])
+        + (f" ({', '.join(marks)})" if marks else "")
+        + " *" * bool(run["allowed"])
     )
+
+
+def _used(run: dict[str, Any]) -> str:
+    prefetch = run["prefetch"]
+    return f"{prefetch['used'] + prefetch['late']}/{prefetch['issued']}"
+
+
+COLUMNS: tuple[
+    tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], object] | None], ...
+] = (
+    ("policy", _name, None),
+    ("capacity", lambda run: run["capacity"], None),
+    ("hit %", lambda run: _percent(run["hits"], run["accesses"]), None),
+    ("late %", lambda run: _percent(run["late_hits"], run["accesses"]), lambda r: r["late_hits"]),
+    ("miss %", lambda run: _percent(run["misses"], run["accesses"]), None),
+    ("TTFT ms", lambda run: _ms(run["ttft_ns"]["mean"]), None),
+    ("TPOT ms", lambda run: _ms(run["tpot_ns"]["mean"]), None),
+    ("stall %", lambda run: _percent(run["stall_ns"], run["time_ns"]), None),
+    ("GB", lambda run: f"{run['bytes_loaded'] / 1e9:.2f}", None),
+    ("prefetched", _used, lambda run: run["prefetch"]["issued"]),
+    ("peak GB", lambda run: f"{run['peak_bytes'] / 1e9:.2f}", None),
+)
+"""Heading, cell, and when the column is worth its room. GB are moved over the link; prefetched:
+used of those issued."""
 
 
 def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -120,7 +140,7 @@ def _print_ladder(capacity: str, runs: Sequence[dict[str, Any]]) -> None:
         known = next(run["ladder"][name] for run in runs if name in run["ladder"])
         ratios = [_times(run["ladder"].get(name)) for run in runs]
         rows.append((name, str(known.get("misses", "-")), _ms(known["time_ns"]), *ratios))
-    columns = ("rung", "misses", "time", *(run["policy"] for run in runs))
+    columns = ("rung", "misses", "ms", *(run["policy"] for run in runs))
     print_table(columns, rows, title=f"oracle ladder at {capacity}: time of each run / of the rung")
 
 
@@ -128,9 +148,9 @@ def _times(rung: dict[str, Any] | None) -> str:
     return f"{1 / rung['of_run']:.3f}" if rung and rung["of_run"] else "-"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "-"
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f}" if whole else "-"
 
 
 def _ms(ns: float | None) -> str:
-    return "-" if ns is None else f"{ns / 1e6:.3f} ms"
+    return "-" if ns is None else f"{ns / 1e6:.2f}"

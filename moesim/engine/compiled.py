@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import os
 import platform
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -100,15 +102,44 @@ def source_digest() -> str:
 def load(*calls: tuple[Any, Any]) -> None:
     """Compile functions for the arguments that they will get, or load what was kept; then seal it.
 
-    Says on stderr that compiling takes a while, if nothing was kept.
+    Says on stderr that compiling takes a while, unless all of it was kept.
     """
     folder = cache_folder()
-    if folder is None or not any(folder.rglob("*.nbc")):
-        print("moesim: compiling the fast engine, once for this version", file=sys.stderr)
-    for function, signature in calls:
-        function.compile(signature)
+    if not all(_is_kept(function) for function, _ in calls):
+        where = "once for this version" if folder else "every time: no folder to keep it in"
+        print(f"moesim: compiling the fast engine, {where}", file=sys.stderr)
+    with _interruptible():
+        for function, signature in calls:
+            function.compile(signature)
     if folder is not None:
         _seal(folder)
+
+
+def _is_kept(function: Any) -> bool:
+    path = getattr(function._cache, "cache_path", None)
+    name = function.py_func.__qualname__
+    return path is not None and any(Path(path).glob(f"*.{name}-*.nbc"))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A Ctrl-C that a callback of the compiler swallows is raised again afterwards."""
+    pressed: list[int] = []
+
+    def press(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _seal(folder: Path) -> None:
