@@ -56,7 +56,8 @@ def _warnings(
         surely = total <= token_bytes - max(sizes) * meta.top_k
         found.append(
             f"flood cliff: {capacity.text} holds {total / 1e9:.3f} GB and one token touches "
-            f"{token_bytes / 1e9:.3f} GB; a global LRU then hits {'' if surely else 'almost '}nothing in decode"
+            f"{token_bytes / 1e9:.3f} GB; a global LRU then hits "
+            f"{'' if surely else 'almost '}nothing in decode"
         )
     if capacity.scope == "layer":
         short = [

@@ -407,7 +407,17 @@ def test_head_takes_the_first_requests(tmp_path: Path) -> None:
     assert (cut.requests, cut.tokens) == (2, 10)
     for got, made in zip(read(tmp_path / "h.parquet"), requests[:2], strict=True):
         assert_same(got, made)
-    assert head(tmp_path / "t.parquet", tmp_path / "t.parquet", requests=9).requests == 5
+    assert head(tmp_path / "t.parquet", tmp_path / "h.parquet", requests=9).requests == 5
+
+
+def test_head_does_not_write_over_what_it_reads(tmp_path: Path) -> None:
+    meta = TraceMeta(model=model([("decoder", 1)], 8, 2), has_weights=True)
+    path = tmp_path / "t.parquet"
+    write(path, meta, [make_rows(meta, np.random.default_rng(7), 0, 2, 3)])
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is the trace that is read"):
+        head(path, tmp_path / "." / "t.parquet", requests=1)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

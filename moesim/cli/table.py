@@ -12,6 +12,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 _WIDE = 200
+_LAST = 20
+"""Least width of a column that wraps."""
+_UNBOUNDED = 10_000
 
 
 def console() -> Console:
@@ -38,13 +41,19 @@ def print_table(
     for index, name in enumerate(columns):
         wraps = index == len(columns) - 1 and left == len(columns)
         justify: Literal["left", "right"] = "left" if index < left else "right"
-        table.add_column(name, justify=justify, no_wrap=not wraps, min_width=20 if wraps else None)
-    for row in rows:
+        table.add_column(
+            name, justify=justify, no_wrap=not wraps, min_width=_LAST if wraps else None
+        )
+    drawn = list(rows)
+    for row in drawn:
         table.add_row(*row)
     out = console()
-    least = Measurement.get(out, out.options, table).minimum
-    if least > out.width:
-        out.width = least
+    natural = Measurement.get(out, out.options.update(max_width=_UNBOUNDED), table).maximum
+    if left == len(columns):
+        # What the last column needs beyond this, it wraps.
+        longest = max((len(row[-1]) for row in drawn), default=0)
+        natural -= max(0, longest - _LAST)
+    out.width = max(out.width, natural)
     out.print(table)
 
 
