@@ -136,7 +136,7 @@ def seat_class(kind: str, name: str) -> type[Seat]:
 def close_matches(word: str, known: Iterable[str]) -> str:
     """The end of an error line: what may have been meant, or all there is."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 
