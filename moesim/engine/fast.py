@@ -350,7 +350,7 @@ def _keys(setup: Setup, policy: SeatPolicy, sizes: Sequence[int]) -> IntArray:
     k[K.CURVE] = np.searchsorted(sizes, k[K.COPY])
     k[K.LOAD_NS] = np.array([setup.costs.load_ns(size) for size in sizes])[k[K.CURVE]]
     k[K.STATE] = State.ABSENT
-    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.REPLACES, K.WISHED):
+    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED):
         k[name] = -1
     k[X.SCORE] = keep.score
     if isinstance(keep, LFRU):

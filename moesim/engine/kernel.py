@@ -74,8 +74,6 @@ HIT, LATE, MISS = (int(s) for s in Status)
 FETCH, CPU, SKIP = (int(s) for s in Serve)
 LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = range(7)
 assert tuple(clock.Rank) == tuple(range(7))
-AFTER_DEMAND = 1 << 19
-"""Order of an event's first prefetch: behind any demand."""
 PLACE: A = np.uint64(0x9E3779B97F4A7C15)
 
 # Why the core stops.
@@ -312,16 +310,13 @@ def free_bytes(m: M, key: int) -> A:
 
 
 @kernel
-def new_transfer(m: M, key: int, phase: int, order: int, prefetch: int, staged: int) -> None:
+def new_transfer(m: M, key: int, phase: int, prefetch: int, staged: int) -> None:
     """``Link.transfer``."""
     m.s[S.TSEQ] += 1
     m.k[K.PHASE, key] = phase
-    m.k[K.ASKED, key] = m.s[S.EVENT]
-    m.k[K.ORDER, key] = order
     m.k[K.TSEQ, key] = m.s[S.TSEQ]
     m.k[K.PRIORITY, key] = 0
     m.k[K.EXPIRES, key] = FAR
-    m.k[K.REPLACES, key] = -1
     m.k[K.SENT, key] = 0
     m.k[K.IS_PREFETCH, key] = prefetch
     m.k[K.IS_STAGED, key] = staged
@@ -489,9 +484,17 @@ def gone(m: M, key: int) -> None:
 
 @kernel
 def is_candidate(m: M, key: int, load: int, mine: int) -> bool:
-    """Whether a resident may go for a load (``_free_to_demand``, ``_free_to_prefetch``)."""
+    """Whether a resident may go: for a load (``_free_to_demand``, ``_free_to_prefetch``), for a
+    staged copy that stays (``_lesser``), or, with ``load`` -1, for a smaller cache (``shrink``).
+
+    ``mine`` is the worth of what comes.
+    """
     if m.k[K.PINNED, key]:
         return False
+    if load < 0:
+        return True
+    if m.k[K.IS_STAGED, load]:
+        return bool(worth(m, key) < mine)
     if m.k[K.IS_DEMANDED, load]:
         return bool(m.k[K.MEMBER, key] != m.s[S.EVENT])
     if (
@@ -500,67 +503,73 @@ def is_candidate(m: M, key: int, load: int, mine: int) -> bool:
         and m.k[K.HOLD_PRIORITY, key] >= m.k[K.PRIORITY, load]
     ):
         return False
-    return not m.s[O.BYPASS] or worth(m, key) < mine
+    return bool(not m.s[O.BYPASS] or worth(m, key) < mine)
+
+
+@kernel
+def next_victim(m: M, cache: int, load: int, mine: int, chosen: int) -> int:
+    """The candidate of smallest worth, then key, behind the ``chosen`` victims; -1 if none."""
+    first = m.c[C.FIRST, cache]
+    behind = m.q[Q.VICTIMS, chosen - 1] if chosen else -1
+    floor = worth(m, behind) if chosen else 0
+    best = -1
+    least = 0
+    for at in range(first, first + m.c[C.RESIDENTS, cache]):
+        key = m.q[Q.RESIDENT, at]
+        if not is_candidate(m, key, load, mine):
+            continue
+        value = worth(m, key)
+        if chosen and (value < floor or (value == floor and key <= behind)):
+            continue
+        if best < 0 or value < least or (value == least and key < best):
+            best = key
+            least = value
+    return best
 
 
 @kernel
 def choose(m: M, load: int, lacking: int) -> int:
     """``Link._choose``: fills the victims; how many, or -1 if room cannot be made."""
     cache = m.k[K.CACHE, load]
-    first = m.c[C.FIRST, cache]
-    last = first + m.c[C.RESIDENTS, cache]
     mine = worth(m, load) if m.s[O.BYPASS] else 0
+    victim = next_victim(m, cache, load, mine, 0)
+    if victim >= 0 and m.k[K.BYTES, victim] >= lacking:
+        m.q[Q.VICTIMS, 0] = victim
+        return 1
+    waves = not m.k[K.IS_PREFETCH, load]
+    if may_free(m, cache, load, mine, waves) < lacking:
+        return -1
+    chosen = 0
+    while lacking > 0 and victim >= 0:
+        m.q[Q.VICTIMS, chosen] = victim
+        chosen += 1
+        lacking -= m.k[K.BYTES, victim]
+        victim = next_victim(m, cache, load, mine, chosen)
+    i = 0
+    while lacking > 0:
+        victim = m.q[Q.RELEASED, i]
+        if is_released(m, victim, cache):
+            m.q[Q.VICTIMS, chosen] = victim
+            chosen += 1
+            lacking -= m.k[K.BYTES, victim]
+        i += 1
+    return chosen
+
+
+@kernel
+def may_free(m: M, cache: int, load: int, mine: int, waves: bool) -> A:
+    """Bytes of everything that may go for a load."""
+    first = m.c[C.FIRST, cache]
     total = 0
-    n = 0
-    best = -1
-    best_worth = 0
-    for at in range(first, last):
+    for at in range(first, first + m.c[C.RESIDENTS, cache]):
         key = m.q[Q.RESIDENT, at]
         if is_candidate(m, key, load, mine):
             total += m.k[K.BYTES, key]
-            w = worth(m, key)
-            if best < 0 or w < best_worth or (w == best_worth and key < best):
-                best = key
-                best_worth = w
-            n += 1
-    if best >= 0 and m.k[K.BYTES, best] >= lacking:
-        m.q[Q.VICTIMS, 0] = best
-        return 1
-    waves = 0
-    if not m.k[K.IS_PREFETCH, load]:
+    if waves:
         for i in range(m.s[S.R_COUNT]):
             if is_released(m, m.q[Q.RELEASED, i], cache):
-                waves += m.k[K.BYTES, m.q[Q.RELEASED, i]]
-    if total + waves < lacking:
-        return -1
-    chosen = 0
-    while lacking > 0 and chosen < n:
-        best = -1
-        for at in range(first, last):
-            key = m.q[Q.RESIDENT, at]
-            if not is_candidate(m, key, load, mine):
-                continue
-            w = worth(m, key)
-            if chosen:
-                # Behind the one chosen before, by (worth, key).
-                before = m.q[Q.VICTIMS, chosen - 1]
-                floor = worth(m, before)
-                if w < floor or (w == floor and key <= before):
-                    continue
-            if best < 0 or w < best_worth or (w == best_worth and key < best):
-                best = key
-                best_worth = w
-        m.q[Q.VICTIMS, chosen] = best
-        chosen += 1
-        lacking -= m.k[K.BYTES, best]
-    i = 0
-    while lacking > 0:
-        if is_released(m, m.q[Q.RELEASED, i], cache):
-            m.q[Q.VICTIMS, chosen] = m.q[Q.RELEASED, i]
-            chosen += 1
-            lacking -= m.k[K.BYTES, m.q[Q.RELEASED, i]]
-        i += 1
-    return chosen
+                total += m.k[K.BYTES, m.q[Q.RELEASED, i]]
+    return total
 
 
 @kernel
@@ -581,17 +590,7 @@ def issue(m: M, key: int) -> int:
     else:
         lacking = m.k[K.BYTES, key] - free_bytes(m, key)
         n = 0
-        swap = m.k[K.REPLACES, key]
-        if swap >= 0:
-            if m.k[K.STATE, swap] != RESIDENT:
-                if lacking > 0:
-                    return 0
-            elif m.k[K.PINNED, swap] or m.k[K.BYTES, swap] < lacking:
-                return 0
-            else:
-                m.q[Q.VICTIMS, 0] = swap
-                n = 1
-        elif lacking > 0:
+        if lacking > 0:
             n = choose(m, key, lacking)
             if n < 0:
                 return 0
@@ -637,7 +636,7 @@ def link_grant(m: M) -> None:
                 if ok == 1:
                     pick = key
                     break
-                if m.k[K.REPLACES, key] < 0 and not m.s[O.BYPASS]:
+                if not m.s[O.BYPASS]:
                     m.q[Q.FULL, tried] = place
                     tried += 1
     if pick < 0:
@@ -741,36 +740,16 @@ def unstage(m: M, key: int) -> None:
     """``Link._unstage`` and ``_lesser``."""
     m.s[S.STAGED] -= 1
     lacking = m.k[K.BYTES, key] - free_bytes(m, key)
-    cache = m.k[K.CACHE, key]
-    first = m.c[C.FIRST, cache]
-    last = first + m.c[C.RESIDENTS, cache]
     mine = worth(m, key)
     n = 0
-    adopt = True
     while lacking > 0:
-        best = -1
-        best_worth = mine
-        for at in range(first, last):
-            other = m.q[Q.RESIDENT, at]
-            if m.k[K.PINNED, other]:
-                continue
-            w = worth(m, other)
-            if w >= mine:
-                continue
-            if n:
-                before = m.q[Q.VICTIMS, n - 1]
-                floor = worth(m, before)
-                if w < floor or (w == floor and other <= before):
-                    continue
-            if best < 0 or w < best_worth or (w == best_worth and other < best):
-                best = other
-                best_worth = w
-        if best < 0:
-            adopt = False
+        victim = next_victim(m, m.k[K.CACHE, key], key, mine, n)
+        if victim < 0:
             break
-        m.q[Q.VICTIMS, n] = best
+        m.q[Q.VICTIMS, n] = victim
         n += 1
-        lacking -= m.k[K.BYTES, best]
+        lacking -= m.k[K.BYTES, victim]
+    adopt = lacking <= 0
     if adopt:
         for i in range(n):
             evict(m, m.q[Q.VICTIMS, i], -1)
@@ -894,7 +873,7 @@ def demand(m: M) -> None:
         how = m.cur[D.SERVE, i]
         if how == FETCH:
             m.s[S.SERVED_FETCH] += 1
-            new_transfer(m, key, m.cur[D.PHASE, i], i, 0, m.s[O.BYPASS])
+            new_transfer(m, key, m.cur[D.PHASE, i], 0, m.s[O.BYPASS])
             waiting += 1
             continue
         word(m, log.SERVED)
@@ -959,7 +938,7 @@ def name(m: M, key: int, expires: int) -> None:
 
 
 @kernel
-def wish(m: M, key: int, expires: int, priority: int, order: int, replaces: int) -> None:
+def wish(m: M, key: int, expires: int, priority: int) -> None:
     """``ReferenceEngine._prefetch``."""
     if expires <= m.s[S.EVENT]:
         return
@@ -971,10 +950,9 @@ def wish(m: M, key: int, expires: int, priority: int, order: int, replaces: int)
     elif m.k[K.STATE, key] == RESIDENT:
         hold(m, key, priority, expires)
     elif m.k[K.STATE, key] == ABSENT:
-        new_transfer(m, key, m.s[S.PHASE], AFTER_DEMAND + order, 1, 0)
+        new_transfer(m, key, m.s[S.PHASE], 1, 0)
         m.k[K.PRIORITY, key] = priority
         m.k[K.EXPIRES, key] = expires
-        m.k[K.REPLACES, key] = replaces
         m.k[K.STATE, key] = QUEUED
         p_insert(m, key)
         m.s[S.PLANNED] += 1
@@ -1157,28 +1135,14 @@ def begin_step(m: M) -> None:
 def shrink(m: M, cache: int) -> None:
     """``Link.shrink`` of one cache, and ``_abandon_paused``."""
     lacking = m.c[C.USED, cache] - m.c[C.CAPACITY, cache]
-    first = m.c[C.FIRST, cache]
     n = 0
-    floor: A = np.int64(0)
     while lacking > 0:
-        best = -1
-        best_worth = np.int64(0)
-        for at in range(first, first + m.c[C.RESIDENTS, cache]):
-            key = m.q[Q.RESIDENT, at]
-            value = worth(m, key)
-            if m.k[K.PINNED, key]:
-                continue
-            if n and (value < floor or (value == floor and key <= m.q[Q.VICTIMS, n - 1])):
-                continue
-            if best < 0 or value < best_worth or (value == best_worth and key < best):
-                best = key
-                best_worth = value
-        if best < 0:
+        victim = next_victim(m, cache, -1, 0, n)
+        if victim < 0:
             break
-        m.q[Q.VICTIMS, n] = best
-        floor = best_worth
+        m.q[Q.VICTIMS, n] = victim
         n += 1
-        lacking -= m.k[K.BYTES, best]
+        lacking -= m.k[K.BYTES, victim]
     for i in range(n):
         evict(m, m.q[Q.VICTIMS, i], -1)
     i = m.s[S.P_COUNT] - 1
@@ -1266,7 +1230,7 @@ def planned(m: M) -> None:
     first = m.s[S.N_CANCEL]
     for i in range(m.s[S.N_PLAN]):
         row = first + i
-        wish(m, m.plan[row, 0], m.plan[row, 1], m.plan[row, 2], i, -1)
+        wish(m, m.plan[row, 0], m.plan[row, 1], m.plan[row, 2])
     wake_link(m)
     m.s[S.NEXT_HIT] = 0
     m.s[S.COMPUTED] = 0
