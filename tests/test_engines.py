@@ -67,6 +67,21 @@ def test_i8_every_seat_with_every_other(number: int) -> None:
         equal(mixed_case(rng), "lru", f"keep={keep}", f"prefetch={prefetch}", f"miss={miss}")
 
 
+@pytest.mark.parametrize("prefetch", PREFETCH)
+def test_i10_bytes_that_the_kv_cache_gives_back_wake_the_link(prefetch: str) -> None:
+    """In both engines alike: a waiting prefetch goes when a shorter request takes over."""
+    rng = np.random.default_rng(11)
+    for capacity in range(12, 24):
+        case = mixed_case(rng)
+        tight = replace(
+            case,
+            capacity_bytes=(capacity,),
+            batch=1,
+            options=replace(case.options, share_kv=True),
+        )
+        equal(tight, "lru", f"prefetch={prefetch}", "miss=cpu")
+
+
 @given(cases(), specs())
 def test_i8_in_flat_mode(case: Case, spec: tuple[str, tuple[str, ...]]) -> None:
     equal(replace(case, options=replace(case.options, flat=True)), spec[0], *spec[1])

@@ -1129,6 +1129,7 @@ def begin_step(m: M) -> None:
             m.c[C.CAPACITY, cache] = max(0, m.c[C.WHOLE, cache] - m.st[row, T.KV_BYTES])
         for cache in range(m.s[O.CACHES]):
             shrink(m, cache)
+        wake_link(m)
 
 
 @kernel

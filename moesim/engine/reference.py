@@ -251,6 +251,8 @@ class ReferenceEngine:
         left = [max(0, c - taken // len(whole)) for c in whole]
         self.setup.refuse_crowded(context, left)
         self.link.shrink(left)
+        # A request that ended may have given bytes back.
+        self.link.wake()
 
     # ---- a layer event ---------------------------------------------------------------------------
 
