@@ -14,7 +14,6 @@ import numpy as np
 from moesim.costs import make_costs
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
-from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, PolicyError
 from moesim.hashing import hash64
 from moesim.profile import ModelProfile, load_hardware
@@ -30,6 +29,7 @@ from moesim.protocol import (
     World,
     lacks,
 )
+from moesim.tally import Tally
 from moesim.traces.reader import RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
 from moesim.types import AnyArray, Fact, Gate, IntArray, LayerEvent, Needs, Note, Plan

@@ -23,7 +23,6 @@ from moesim.degrade import Allowed, lacking, rested_on
 from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
-from moesim.engine.tally import Tally
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
@@ -31,6 +30,7 @@ from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, source_digest
 from moesim.shape import all_precisions, decode_from, fitting, shaped
 from moesim.summary import summarise
+from moesim.tally import Tally
 from moesim.timeline import chrome_events
 from moesim.traces.check import check_request
 from moesim.traces.reader import Columns, TraceReader

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from moesim.engine.tally import FATES, Counts, Tally
 from moesim.result import percentiles
+from moesim.tally import FATES, Counts, Tally
 from moesim.types import Phase
 
 

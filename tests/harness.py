@@ -18,9 +18,9 @@ from moesim import log
 from moesim.costs import make_costs
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Setup
-from moesim.engine.tally import Tally
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
+from moesim.tally import Tally
 from moesim.types import Needs, Plan, State
 from moesim.workload import (
     Inputs,
@@ -202,7 +202,7 @@ class Watch:
         self._wrap(engine.ledger, "evict", self._evict)
         self._wrap(engine, "_run_expert", self._run_expert)
         self._wrap(engine.host, "_expert_done", self._computed)
-        engine.policy = engine.link.policy = Recorder(engine.policy, self.answers)
+        engine.answers.policy = Recorder(engine.policy, self.answers)
 
     def _wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         inner = getattr(owner, name)

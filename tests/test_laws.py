@@ -496,7 +496,7 @@ def _held_at_gates(case: Case) -> list[set[int]]:
     peek = Peek()
     peek.scores = engine.setup.policy.scores  # type: ignore[method-assign]
     peek.note = engine.setup.policy.note  # type: ignore[method-assign]
-    engine.policy = engine.link.policy = peek
+    engine.answers.policy = peek
     drive(engine, works)
     return seen
 

@@ -17,7 +17,6 @@ from moesim.engine.clock import TOO_LONG
 from moesim.engine.compiled import load
 from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
 from moesim.engine.setup import Setup
-from moesim.engine.tally import FATES, Counts, RequestTimes, Tally
 from moesim.errors import UsageError
 from moesim.ledger import Ledger
 from moesim.log import LogDigest
@@ -42,6 +41,7 @@ from moesim.policies.slru import SLRU
 from moesim.policies.static import Static
 from moesim.policies.whole_layer import WholeLayer
 from moesim.protocol import Policy, SeatPolicy, restrict
+from moesim.tally import FATES, Counts, RequestTimes, Tally
 from moesim.timeline import LANES
 from moesim.types import NEVER, IntArray, Needs, Phase, Serve, State
 from moesim.workload import DONE, STARVED, Idle, KnownFuture, Step, Work, context_tokens

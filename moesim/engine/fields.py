@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum, auto
 
-from moesim.engine.tally import Counts
+from moesim.tally import Counts
 
 
 class _Rows(IntEnum):

@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import simpy
 
 from moesim import log
+from moesim.answers import Answers
 from moesim.costs import Costs
 from moesim.engine.clock import LINK_GRANT, LOAD_DONE, Clock, Process
-from moesim.engine.tally import Tally
-from moesim.engine.view import View
-from moesim.errors import PolicyError
 from moesim.ledger import RESIDENT, Ledger
 from moesim.log import LogDigest
-from moesim.protocol import Policy
-from moesim.types import NEVER, Dropped, Evicted, IntArray, Landed, Phase
+from moesim.tally import Tally
+from moesim.types import NEVER, Dropped, Evicted, Landed, Phase
 
 
 @dataclass(eq=False, slots=True)
@@ -64,23 +61,19 @@ class Link:
         self,
         clock: Clock,
         ledger: Ledger,
-        policy: Policy,
+        answers: Answers,
         costs: Costs,
         tally: Tally,
-        view: View,
         staging: int,
         arrived: Callable[[Transfer], None],
         blocked: Callable[[], None],
     ) -> None:
         self.clock = clock
         self.ledger = ledger
-        self.policy = policy
+        self.answers = answers
         self.tally = tally
-        self.view = view
         self.log = LogDigest()
         self.decisions = LogDigest()
-        self.event = -1
-        """The newest layer event."""
         self.members: set[int] = set()
         """Keys that the newest layer event demands."""
         self.released: list[int] = []
@@ -103,6 +96,11 @@ class Link:
         self._asleep: simpy.Event | None = None
         self._sequence = 0
         self._displaced: dict[int, Transfer] = {}
+
+    @property
+    def event(self) -> int:
+        """The newest layer event."""
+        return self.answers.event
 
     # ---- what the gate asks for ------------------------------------------------------------------
 
@@ -252,7 +250,7 @@ class Link:
                 return transfer
             # What had no room at a higher priority has none at a lower one, unless it brings its
             # own victim or its own score decides.
-            if transfer.replaces < 0 and not self.policy.bypass:
+            if transfer.replaces < 0 and not self.answers.policy.bypass:
                 full.add(place)
         if self._demand:
             self._blocked()
@@ -312,9 +310,8 @@ class Link:
     def _free_to_prefetch(self, transfer: Transfer, cache: int) -> list[int]:
         free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
         free = [k for k in free if not self._held_against(k, transfer.priority)]
-        if free and self.policy.bypass:
-            worth = self._scores([*free, transfer.key])
-            free = [k for k, w in zip(free, worth[:-1], strict=True) if w < worth[-1]]
+        if free and self.answers.policy.bypass:
+            free = self.answers.below(free, transfer.key)
         return free
 
     def _held_against(self, key: int, priority: int) -> bool:
@@ -337,63 +334,20 @@ class Link:
         if self._bytes(candidates) + self._bytes(last) < lacking:
             return None
         chosen: list[int] = []
-        for key in [*self._by_worth(candidates, lacking), *last]:
+        for key in [*self.answers.in_order(candidates, lacking, self._why_not), *last]:
             if lacking <= 0:
                 break
             chosen.append(key)
             lacking -= ledger.bytes_of[key]
         return chosen
 
-    def _by_worth(self, candidates: list[int], lacking: int) -> list[int]:
-        """Candidates in the order in which they may go."""
-        if not candidates:
-            return []
-        if not self.policy.scored:
-            return self._named(candidates, lacking)
-        worth = self._scores(candidates)
-        if self.ledger.bytes_of[candidates[int(worth.argmin())]] >= lacking:
-            return [candidates[int(worth.argmin())]]
-        return [candidates[i] for i in np.argsort(worth, kind="stable")]
-
     def _bytes(self, keys: list[int]) -> int:
         return sum(self.ledger.bytes_of[k] for k in keys)
 
-    def _scores(self, keys: list[int]) -> IntArray:
-        experts = np.array([self.ledger.expert(k) for k in keys], np.int64)
-        worth = np.asarray(self.policy.scores(experts, self.event))
-        if worth.shape != experts.shape or worth.dtype != np.int64:
-            raise PolicyError(
-                f"layer event {self.event}: scores must be int64 [{len(keys)}], "
-                f"got {worth.dtype} {list(worth.shape)}"
-            )
-        return worth
-
-    def _named(self, candidates: list[int], lacking: int) -> list[int]:
-        """Victims that the policy names itself, checked."""
-        with self.view.offering([self.ledger.expert(k) for k in candidates]):
-            named = list(self.policy.victims(lacking, self.view))
-        allowed = {self.ledger.expert(k): k for k in candidates}
-        for expert in named:
-            if expert not in allowed:
-                raise PolicyError(
-                    f"layer event {self.event}: victim {expert} is {self._why_not(expert)}; "
-                    "name experts of cache.candidates only"
-                )
-        keys = [allowed[e] for e in named]
-        if len(set(keys)) < len(keys):
-            raise PolicyError(f"layer event {self.event}: a victim was named twice")
-        if self._bytes(keys) < min(lacking, self._bytes(candidates)):
-            raise PolicyError(
-                f"layer event {self.event}: victims free too little, {lacking} bytes are needed"
-            )
-        return keys
-
-    def _why_not(self, expert: object) -> str:
-        if not isinstance(expert, int | np.integer) or not 0 <= expert < self.ledger.size:
-            return f"no expert id below {self.ledger.size}"
-        if int(expert) in self.ledger.pinned or int(expert) in self.members:
+    def _why_not(self, expert: int) -> str:
+        if expert in self.ledger.pinned or expert in self.members:
             return "pinned"
-        if self.ledger.state[int(expert)] != RESIDENT:
+        if self.ledger.state[expert] != RESIDENT:
             return "absent"
         return "in another cache, or held by a plan of higher priority"
 
@@ -415,7 +369,7 @@ class Link:
             del self._prefetch[key]
             self.unused[key] = transfer
             self.hold(key, transfer.priority, transfer.expires)
-        self.policy.note(
+        self.answers.policy.note(
             Landed(
                 self.ledger.expert(key),
                 self.ledger.precision(key),
@@ -448,7 +402,13 @@ class Link:
         self._note_dropped(transfer.key)
 
     def _note_dropped(self, key: int) -> None:
-        self.policy.note(Dropped(self.ledger.expert(key), self.ledger.precision(key), self.event))
+        self.answers.policy.note(
+            Dropped(self.ledger.expert(key), self.ledger.precision(key), self.event)
+        )
+
+    def _note_evicted(self, key: int) -> None:
+        expert, precision = self.ledger.expert(key), self.ledger.precision(key)
+        self.answers.policy.note(Evicted(expert, precision, self.event))
 
     def _evict(self, key: int, cause: Transfer | None) -> None:
         self.ledger.evict(key)
@@ -462,7 +422,9 @@ class Link:
             self._settle_fate(wasted, "wasted")
         if cause is not None and cause.prefetch and not cause.demanded:
             self._displaced[key] = cause
-        self.policy.note(Evicted(self.ledger.expert(key), self.ledger.precision(key), self.event))
+        self.answers.policy.note(
+            Evicted(self.ledger.expert(key), self.ledger.precision(key), self.event)
+        )
 
     def _unstage(self, transfer: Transfer) -> None:
         """A staged copy has computed: it takes the place of a lesser resident, or goes."""
@@ -480,9 +442,7 @@ class Link:
             self.tally.evicted_bytes += self.ledger.copy_bytes[key]
             self.log.add(log.EVICT, self.clock.now, key)
             self.decisions.add(log.EVICT, key)
-            self.policy.note(
-                Evicted(self.ledger.expert(key), self.ledger.precision(key), self.event)
-            )
+            self._note_evicted(key)
 
     def _lesser(self, key: int) -> list[int] | None:
         """Residents of smaller score whose bytes suffice; None: the copy does not stay."""
@@ -491,16 +451,7 @@ class Link:
         if lacking <= 0:
             return []
         free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
-        worth = self._scores([*free, key])
-        chosen: list[int] = []
-        for i in np.argsort(worth[:-1], kind="stable"):
-            if worth[i] >= worth[-1]:
-                return None
-            chosen.append(free[i])
-            lacking -= self.ledger.bytes_of[free[i]]
-            if lacking <= 0:
-                return chosen
-        return None
+        return self.answers.lesser(free, key, lacking)
 
     def shrink(self, capacity_bytes: Sequence[int]) -> None:
         """New capacities; evict by score until nothing is over, as far as nothing is pinned."""
@@ -508,12 +459,15 @@ class Link:
         for cache in range(len(self.ledger.capacity)):
             lacking = -self.ledger.free(cache)
             free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
-            for victim in self._by_worth(free, lacking) if lacking > 0 else ():
+            for victim in self._going(free, lacking):
                 if lacking <= 0:
                     break
                 lacking -= self.ledger.bytes_of[victim]
                 self._evict(victim, None)
             self._abandon_paused(cache)
+
+    def _going(self, free: list[int], lacking: int) -> list[int]:
+        return self.answers.in_order(free, lacking, self._why_not) if lacking > 0 else []
 
     def _abandon_paused(self, cache: int) -> None:
         """Give up pre-empted prefetches, the least urgent first, while a cache is over.

@@ -15,6 +15,7 @@ import numpy as np
 import simpy
 
 from moesim import log
+from moesim.answers import Answers
 from moesim.engine.clock import (
     ARRIVAL,
     COMPUTE_DONE,
@@ -27,11 +28,9 @@ from moesim.engine.clock import (
 from moesim.engine.host import Host
 from moesim.engine.link import Link, Transfer
 from moesim.engine.setup import Setup
-from moesim.engine.tally import RequestTimes, Tally
-from moesim.engine.view import View
-from moesim.errors import PolicyError
 from moesim.ledger import ABSENT, RESIDENT, Ledger
-from moesim.protocol import restrict
+from moesim.protocol import Policy, restrict
+from moesim.tally import RequestTimes, Tally
 from moesim.types import (
     NEVER,
     AnyArray,
@@ -49,6 +48,7 @@ from moesim.types import (
     Serve,
     Status,
 )
+from moesim.view import View
 from moesim.workload import (
     DONE,
     STARVED,
@@ -80,20 +80,19 @@ class ReferenceEngine:
     def __init__(self, setup: Setup) -> None:
         world, options = setup.world, setup.options
         self.setup = setup
-        self.policy = setup.policy
         self.tally = Tally(layer_stall_ns=[0] * world.layers)
         self.clock = Clock()
         self.ledger = Ledger(
             world.expert_bytes, world.experts, world.capacity_bytes, allocator=options.allocator
         )
         self.view = View(self.ledger)
+        self.answers = Answers(setup.policy, world, self.view, self.ledger.bytes_of)
         self.link = Link(
             self.clock,
             self.ledger,
-            self.policy,
+            self.answers,
             setup.costs,
             self.tally,
-            self.view,
             staging=world.top_k,
             arrived=self._on_arrival,
             blocked=self._on_blocked,
@@ -118,6 +117,11 @@ class ReferenceEngine:
         self.policy.begin(restrict(world, self.policy.needs))
         self.clock.process(self._serve())
         self.clock.process(self.link.run())
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that it runs."""
+        return self.answers.policy
 
     # ---- feeding ---------------------------------------------------------------------------------
 
@@ -279,11 +283,10 @@ class ReferenceEngine:
         """Route, judge, pin, and ask for a plan."""
         source, demand = item.event, item.demand
         self.tally.events += 1
-        self.link.event = source.event
-        if self.policy.lossy:
-            routed = self.policy.route(source, self.view)
-            if routed is not None:
-                demand = union(source, self.setup.world.experts, routed)
+        self.answers.event = source.event
+        routed = self.answers.route(source)
+        if routed is not None:
+            demand = union(source, self.setup.world.experts, routed)
         status = self._judge(demand)
         gate = Gate(source, demand.experts, demand.tokens, status, demand.phases)
         self._unserved = frozenset(gate.experts[status == MISS].tolist())
@@ -296,7 +299,7 @@ class ReferenceEngine:
         # What was held for this event, or is useless from now on, may make way at once.
         self.link.expire()
         self.link.wake()
-        return gate, self._tell_plan(gate)
+        return gate, self.answers.plan(gate)
 
     def _judge(self, demand: Demand) -> AnyArray:
         return JUDGED[self.ledger.state[demand.experts]]
@@ -361,11 +364,6 @@ class ReferenceEngine:
             tokens = int(gate.tokens[order])
             self.host.compute(key, self.setup.costs.cpu_expert_ns(tokens, gate.layer))
         else:
-            if not self.policy.lossy:
-                raise PolicyError(
-                    f"layer event {gate.event}: skipping expert {key} changes the result; "
-                    "declare the policy lossy"
-                )
             self.tally.served["skip"] += 1
             self.ledger.pinned.discard(key)
 
@@ -446,46 +444,26 @@ class ReferenceEngine:
 
     def _tell(self, fact: RequestBegin | RequestEnd | IterationBegin | IterationEnd) -> None:
         """Tell a fact outside a layer event and apply the answer."""
-        plan = self._tell_plan(fact)
+        plan = self.answers.plan(fact)
         phase = fact.phase if isinstance(fact, IterationBegin) else Phase.DECODE
         self._apply(plan, phase)
         self.link.wake()
 
-    def _tell_plan(
-        self, fact: Gate | JobDone | RequestBegin | RequestEnd | IterationBegin | IterationEnd
-    ) -> Plan:
-        plan = self.policy.on(fact, self.view)
-        if not isinstance(plan, Plan):
-            raise PolicyError(
-                f"layer event {self.link.event}: on() answered {type(plan).__name__}, not a Plan"
-            )
-        return plan
-
     def _on_job_done(self, job: Job) -> None:
-        plan = self._tell_plan(JobDone(job, self.link.event))
+        plan = self.answers.plan(JobDone(job, self.link.event))
         self._apply(plan, Phase.DECODE)
         self.link.wake()
 
     def _apply(self, plan: Plan, phase: Phase) -> None:
         for expert in plan.cancel:
-            self.link.cancel(self._key(expert, 0))
+            self.link.cancel(self.answers.key(expert))
         for expert, priority in plan.reprioritise:
-            self._reprioritise(self._key(expert, 0), priority)
+            self._reprioritise(self.answers.key(expert), priority)
         for order, wish in enumerate(plan.prefetches):
             self._prefetch(wish, order, phase)
         for job in plan.jobs:
             self.tally.jobs += 1
             self.host.submit(job)
-
-    def _key(self, expert: int, precision: int) -> int:
-        world = self.setup.world
-        if not 0 <= expert < world.size or not 0 <= precision < len(world.expert_bytes):
-            raise PolicyError(
-                f"layer event {self.link.event}: a plan names expert {expert} in precision "
-                f"{precision}; ids lie in 0..{world.size - 1}, "
-                f"precisions in 0..{len(world.expert_bytes) - 1}"
-            )
-        return int(precision * world.size + expert)
 
     def _reprioritise(self, key: int, priority: int) -> None:
         transfer = self.link.queued(key)
@@ -496,7 +474,7 @@ class ReferenceEngine:
 
     def _prefetch(self, wish: Prefetch, order: int, phase: Phase) -> None:
         """Queue a wish; where the copy is there or under way, refresh what protects it."""
-        key = self._key(wish.expert, wish.precision)
+        key = self.answers.key(wish.expert, wish.precision)
         if wish.expires <= self.link.event:
             return
         if wish.expires < NEVER:
@@ -512,19 +490,8 @@ class ReferenceEngine:
             # Demand comes first in an event's order; 1 << 19 is more than any demand.
             transfer = self.link.transfer(key, phase, (1 << 19) + order, prefetch=True)
             transfer.priority, transfer.expires = wish.priority, wish.expires
-            transfer.replaces = self._replaced(wish, key)
+            transfer.replaces = self.answers.replaced(wish, key, self.ledger.cache_of)
             self.link.enqueue(transfer)
-
-    def _replaced(self, wish: Prefetch, key: int) -> int:
-        if wish.replaces < 0:
-            return -1
-        replaced = self._key(wish.replaces, 0)
-        if self.ledger.cache_of[replaced] != self.ledger.cache_of[key]:
-            raise PolicyError(
-                f"layer event {self.link.event}: expert {wish.expert} cannot replace "
-                f"{wish.replaces}, which another cache holds"
-            )
-        return replaced
 
     # ---- laws ------------------------------------------------------------------------------------
 

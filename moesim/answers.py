@@ -1,0 +1,170 @@
+"""What a policy answers, checked: every host asks through this, so that each refuses alike.
+
+A ``PolicyError`` is one line that names the layer event and what was wrong with the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moesim.errors import PolicyError
+from moesim.protocol import Policy, World
+from moesim.types import (
+    DROPPED,
+    AnyArray,
+    Fact,
+    Gate,
+    IntArray,
+    LayerEvent,
+    Plan,
+    Prefetch,
+    Serve,
+    Status,
+)
+from moesim.view import View
+
+MISS = int(Status.MISS)
+
+
+class Answers:
+    """One policy, asked by one host.
+
+    ``bytes_of`` : bytes booked for each key. ``event`` : the newest layer event, kept by the host.
+    """
+
+    def __init__(self, policy: Policy, world: World, view: View, bytes_of: Sequence[int]) -> None:
+        self.policy = policy
+        self.event = -1
+        self._view = view
+        self._bytes_of = bytes_of
+        self._size = world.size
+        self._experts = world.experts
+        self._precisions = len(world.expert_bytes)
+
+    def route(self, source: LayerEvent) -> AnyArray | None:
+        """Experts to execute instead, uint16 [T, k]; None: as recorded."""
+        routed = self.policy.route(source, self._view) if self.policy.lossy else None
+        if routed is None:
+            return None
+        wanted = source.token_experts
+        routed = np.asarray(routed)
+        if routed.dtype != np.uint16 or routed.shape != wanted.shape:
+            raise self._wrong(
+                f"route must answer uint16 {list(wanted.shape)}, "
+                f"got {routed.dtype} {list(routed.shape)}"
+            )
+        if np.any((routed >= self._experts) & (routed != DROPPED)):
+            raise self._wrong(f"route names expert {int(routed.max())} of {self._experts}")
+        return routed
+
+    def plan(self, fact: Fact) -> Plan:
+        """What to do about a fact."""
+        plan = self.policy.on(fact, self._view)
+        if not isinstance(plan, Plan):
+            raise self._wrong(f"on() answered {type(plan).__name__}, not a Plan")
+        if plan.serve and isinstance(fact, Gate) and not self.policy.lossy:
+            self._refuse_skipping(fact, plan)
+        return plan
+
+    def key(self, expert: int, precision: int = 0) -> int:
+        """The key of what a plan names."""
+        if not 0 <= expert < self._size or not 0 <= precision < self._precisions:
+            raise self._wrong(
+                f"a plan names expert {expert} in precision {precision}; ids lie in "
+                f"0..{self._size - 1}, precisions in 0..{self._precisions - 1}"
+            )
+        return int(precision * self._size + expert)
+
+    def replaced(self, wish: Prefetch, key: int, cache_of: Sequence[int]) -> int:
+        """The key whose place a wish takes, or -1."""
+        if wish.replaces < 0:
+            return -1
+        replaced = self.key(wish.replaces)
+        if cache_of[replaced] != cache_of[key]:
+            raise self._wrong(
+                f"expert {wish.expert} cannot replace {wish.replaces}, which another cache holds"
+            )
+        return replaced
+
+    def scores(self, keys: Sequence[int]) -> IntArray:
+        """int64 worth of each key's expert now."""
+        experts = np.array([k % self._size for k in keys], np.int64)
+        worth = np.asarray(self.policy.scores(experts, self.event))
+        if worth.shape != experts.shape or worth.dtype != np.int64:
+            raise self._wrong(
+                f"scores must be int64 [{len(keys)}], got {worth.dtype} {list(worth.shape)}"
+            )
+        return worth
+
+    def in_order(
+        self, candidates: list[int], lacking: int, why_not: Callable[[int], str]
+    ) -> list[int]:
+        """Candidates (ascending keys) in the order in which they may go, until ``lacking`` bytes
+        are free; perhaps more of them. ``why_not`` tells what is wrong with another expert."""
+        if not candidates:
+            return []
+        if not self.policy.scored:
+            return self._named(candidates, lacking, why_not)
+        worth = self.scores(candidates)
+        least = candidates[int(worth.argmin())]
+        if self._bytes_of[least] >= lacking:
+            return [least]
+        return [candidates[i] for i in np.argsort(worth, kind="stable")]
+
+    def below(self, candidates: list[int], key: int) -> list[int]:
+        """Those worth less than what would come in their place."""
+        worth = self.scores([*candidates, key])
+        return [k for k, w in zip(candidates, worth[:-1], strict=True) if w < worth[-1]]
+
+    def lesser(self, candidates: list[int], key: int, lacking: int) -> list[int] | None:
+        """The least of those worth less than ``key`` whose bytes suffice; None if they do not."""
+        worth = self.scores([*candidates, key])
+        chosen: list[int] = []
+        for i in np.argsort(worth[:-1], kind="stable"):
+            if worth[i] >= worth[-1]:
+                return None
+            chosen.append(candidates[i])
+            lacking -= self._bytes_of[candidates[i]]
+            if lacking <= 0:
+                return chosen
+        return None
+
+    def _named(
+        self, candidates: list[int], lacking: int, why_not: Callable[[int], str]
+    ) -> list[int]:
+        """Victims that the policy names itself."""
+        with self._view.offering([k % self._size for k in candidates]):
+            named = list(self.policy.victims(lacking, self._view))
+        allowed = {k % self._size: k for k in candidates}
+        for expert in named:
+            if expert not in allowed:
+                raise self._wrong(
+                    f"victim {expert} is {self._reason(expert, why_not)}; "
+                    "name experts of cache.candidates only"
+                )
+        keys = [allowed[e] for e in named]
+        if len(set(keys)) < len(keys):
+            raise self._wrong("a victim was named twice")
+        if self._sum(keys) < min(lacking, self._sum(candidates)):
+            raise self._wrong(f"victims free too little, {lacking} bytes are needed")
+        return keys
+
+    def _reason(self, expert: object, why_not: Callable[[int], str]) -> str:
+        if not isinstance(expert, int | np.integer) or not 0 <= expert < self._size:
+            return f"no expert id below {self._size}"
+        return why_not(int(expert))
+
+    def _sum(self, keys: list[int]) -> int:
+        return sum(self._bytes_of[k] for k in keys)
+
+    def _refuse_skipping(self, gate: Gate, plan: Plan) -> None:
+        for expert in gate.experts[gate.status == MISS].tolist():
+            if plan.serve.get(expert, Serve.FETCH) not in (Serve.FETCH, Serve.CPU):
+                raise self._wrong(
+                    f"skipping expert {expert} changes the result; declare the policy lossy"
+                )
+
+    def _wrong(self, what: str) -> PolicyError:
+        return PolicyError(f"layer event {self.event}: {what}")
