@@ -23,7 +23,7 @@ from moesim.types import (
     Serve,
     Status,
 )
-from moesim.view import View
+from moesim.view import Window
 
 MISS = int(Status.MISS)
 
@@ -34,7 +34,7 @@ class Answers:
     ``bytes_of`` : bytes booked for each key. ``event`` : the newest layer event, kept by the host.
     """
 
-    def __init__(self, policy: Policy, world: World, view: View, bytes_of: Sequence[int]) -> None:
+    def __init__(self, policy: Policy, world: World, view: Window, bytes_of: Sequence[int]) -> None:
         self.policy = policy
         self.event = -1
         self._view = view

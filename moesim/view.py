@@ -1,4 +1,4 @@
-"""What a policy sees of the cache."""
+"""What a policy sees of the cache (``moesim.protocol.CacheView``)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from moesim.ledger import Ledger
 from moesim.types import AnyArray, ExpertId
 
 
-class View:
-    """A read-only window on the ledger (``moesim.protocol.CacheView``)."""
+class Window:
+    """A read-only window on a host's books.
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._states: AnyArray = ledger.state[: ledger.size]
-        self._states = self._states.view()
+    ``states`` : uint8 [layers * experts] of ``State``, always current. The others are asked when
+    the policy asks.
+    """
+
+    def __init__(
+        self,
+        states: AnyArray,
+        count_jobs: Callable[[], int],
+        count_queued: Callable[[], int],
+        free_bytes: Callable[[int], int],
+    ) -> None:
+        self._states: AnyArray = states.view()
         self._states.flags.writeable = False
         self._candidates: Sequence[ExpertId] = ()
-        self.count_jobs: Callable[[], int] = lambda: 0
-        self.count_queued: Callable[[], int] = lambda: 0
+        self.count_jobs = count_jobs
+        self.count_queued = count_queued
+        self._free_bytes = free_bytes
 
     @property
     def states(self) -> AnyArray:
@@ -43,8 +52,7 @@ class View:
 
     def free_bytes(self, layer: int) -> int:
         """Unreserved bytes of the cache that serves ``layer``."""
-        ledger = self._ledger
-        return ledger.free(ledger.cache_of[layer * ledger.experts])
+        return self._free_bytes(layer)
 
     @contextmanager
     def offering(self, candidates: Sequence[ExpertId]) -> Iterator[None]:
@@ -54,3 +62,14 @@ class View:
             yield
         finally:
             self._candidates = ()
+
+
+class View(Window):
+    """The window on a ledger; the host that has jobs and a queue sets ``count_jobs`` and
+    ``count_queued``."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        def free_bytes(layer: int) -> int:
+            return ledger.free(ledger.cache_of[layer * ledger.experts])
+
+        super().__init__(ledger.state[: ledger.size], lambda: 0, lambda: 0, free_bytes)

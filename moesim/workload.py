@@ -24,9 +24,13 @@ from moesim.types import (
     PROBABILITY_ONE,
     AnyArray,
     IntArray,
+    IterationBegin,
+    IterationEnd,
     LayerEvent,
     Needs,
     Phase,
+    RequestBegin,
+    RequestEnd,
     Slot,
 )
 
@@ -92,6 +96,10 @@ class Work:
         """Whether all of its forward passes were scheduled."""
         return self.next_pass == self.iterations
 
+    def iteration(self, number: int) -> int:
+        """Number of a forward pass in the recording."""
+        return int(self.rows.iteration[self.blocks[self.passes[number]]])
+
     def phase(self, number: int) -> Phase:
         """Phase of a forward pass."""
         return Phase(int(self.rows.phase[self.blocks[self.passes[number]]]))
@@ -106,8 +114,9 @@ class Work:
 
     def embedding(self, number: int) -> AnyArray | None:
         """int32 [d] of one forward pass, quantised, or None."""
-        iteration = int(self.rows.iteration[self.blocks[self.passes[number]]])
-        return _quantised(self.rows.embedding.get(iteration)) if self.embedded else None
+        if not self.embedded:
+            return None
+        return _quantised(self.rows.embedding.get(self.iteration(number)))
 
 
 def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> Work:
@@ -293,6 +302,37 @@ class StaticBatch:
         return Part(work, number, first, last, first == 0, ends)
 
 
+def begin_facts(step: Step) -> list[tuple[RequestBegin | IterationBegin, Phase]]:
+    """What a policy is told when a step begins, and the phase of what it then asks for."""
+    facts: list[tuple[RequestBegin | IterationBegin, Phase]] = []
+    for part in step.parts:
+        if not part.begins:
+            continue
+        work, number = part.work, part.number
+        request, phase = work.rows.request, work.phase(number)
+        if number == 0:
+            prompt = work.rows.facts.prompt_tokens or 0
+            begin = RequestBegin(request, prompt, work.prompt_embedding())
+            facts.append((begin, Phase.DECODE))
+        embedding = work.embedding(number)
+        tokens = work.tokens(number)
+        facts.append(
+            (IterationBegin(request, work.iteration(number), phase, tokens, embedding), phase)
+        )
+    return facts
+
+
+def end_facts(step: Step) -> list[IterationEnd | RequestEnd]:
+    """What a policy is told when a step has ended."""
+    facts: list[IterationEnd | RequestEnd] = []
+    for part in step.parts:
+        if part.ends:
+            facts.append(IterationEnd(part.work.rows.request, part.work.iteration(part.number)))
+            if part.number == part.work.iterations - 1:
+                facts.append(RequestEnd(part.work.rows.request))
+    return facts
+
+
 # ---- layer events --------------------------------------------------------------------------------
 
 
@@ -376,27 +416,34 @@ def _layers(part: Part) -> list[int]:
 
 def _item(step: Step, layer: int, spans: list[Span], event: int, experts: int) -> Item:
     """The layer's rows of every part, gathered."""
-    slots: list[Slot] = []
-    total = context = 0
-    for part, first, last in spans:
-        rows = part.work.rows
-        iteration, phase = int(rows.iteration[first]), part.work.phase(part.number)
-        slots.append(Slot(rows.request, iteration, phase, total, last - first))
-        total += last - first
-        context += int(rows.position[last - 1]) + 1
+    slots = slots_of(spans)
+    context = sum(int(part.work.rows.position[last - 1]) + 1 for part, _, last in spans)
     pieces = [(part.work, first, last) for part, first, last in spans]
     source = LayerEvent(
         event=event,
         step=step.number,
         layer=layer,
-        slots=tuple(slots),
+        slots=slots,
         token_experts=_gather([w.rows.experts[a:b] for w, a, b in pieces]),
         weights=_gather_optional([_cut(w.weights, a, b) for w, a, b in pieces]),
         gate=_gather_optional([_cut(w.gate, a, b) for w, a, b in pieces]),
         ahead={d: _gather([w.ahead[d][a:b] for w, a, b in pieces]) for d in pieces[0][0].ahead},
         norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in pieces]),
     )
-    return Item(source, union(source, experts), total + step.padding, context)
+    tokens = sum(slot.tokens for slot in slots)
+    return Item(source, union(source, experts), tokens + step.padding, context)
+
+
+def slots_of(spans: Iterable[Span]) -> tuple[Slot, ...]:
+    """Whose tokens a layer event's rows are."""
+    slots: list[Slot] = []
+    total = 0
+    for part, first, last in spans:
+        rows = part.work.rows
+        iteration, phase = int(rows.iteration[first]), part.work.phase(part.number)
+        slots.append(Slot(rows.request, iteration, phase, total, last - first))
+        total += last - first
+    return tuple(slots)
 
 
 def _span(part: Part, layer: int) -> tuple[int, int] | None:

@@ -34,19 +34,17 @@ def promote(protected: IntArray, experts: IntArray, status: AnyArray) -> int:
     return new
 
 
-def shed(
-    score: IntArray, protected: IntArray, clock: IntArray, first: int, last: int, excess: int
-) -> None:
-    """Kernel: the ``excess`` least recent protected of experts ``first`` to ``last`` go back to
-    probation, as its most recent."""
-    for _ in range(excess):
-        oldest = -1
-        for expert in range(first, last):
-            if protected[expert] and (oldest < 0 or score[expert] < score[oldest]):
-                oldest = expert
-        protected[oldest] = 0
-        clock[0] += 1
-        score[oldest] = clock[0]
+def shed(score: IntArray, protected: IntArray, clock: IntArray, first: int, last: int) -> int:
+    """Kernel: the least recent protected of experts ``first`` to ``last`` goes back to probation,
+    as its most recent; which."""
+    oldest = -1
+    for expert in range(first, last):
+        if protected[expert] and (oldest < 0 or score[expert] < score[oldest]):
+            oldest = expert
+    protected[oldest] = 0
+    clock[0] += 1
+    score[oldest] = clock[0]
+    return oldest
 
 
 @dataclass
@@ -78,12 +76,12 @@ class SLRU(LRU):
         if not len(gate.experts):
             return
         cache = int(gate.experts[0]) // self.span
-        held = self.held[cache] + promote(self.segment, gate.experts, gate.status)
+        self.held[cache] += promote(self.segment, gate.experts, gate.status)
         touch(self.score, self.clock, gate.experts)
-        excess = max(0, held - self.limit[cache])
         first = cache * self.span
-        shed(self.score, self.segment, self.clock, first, first + self.span, excess)
-        self.held[cache] = held - excess
+        while self.held[cache] > self.limit[cache]:
+            self.held[cache] -= 1
+            shed(self.score, self.segment, self.clock, first, first + self.span)
 
     def note(self, fact: Note) -> None:
         """What went starts again on probation."""

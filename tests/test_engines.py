@@ -43,7 +43,7 @@ def equal(case: Case, name: str, *settings: str) -> None:
     reference = outcome(ReferenceEngine, case, name, *settings)
     fast = outcome(FastEngine, case, name, *settings)
     differ = {k: (v, fast.get(k)) for k, v in reference.items() if v != fast.get(k)}
-    assert not differ
+    assert not differ, [(k, str(v[0])[:300], str(v[1])[:300]) for k, v in differ.items()]
 
 
 @given(cases(), specs(), st.booleans())

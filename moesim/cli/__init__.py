@@ -19,7 +19,7 @@ from moesim.errors import MoesimError
 
 INTERRUPTED = 130
 
-COMMANDS = ("replay", "trace", "policies", "profiles", "diff")
+COMMANDS = ("replay", "real", "record", "trace", "policies", "profiles", "bench", "diff")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moesim.cli.options import hardware as _hardware
+from moesim.cli.options import initial as _initial
+from moesim.cli.options import path as _path
+from moesim.cli.options import positive as _positive
+from moesim.cli.options import seed as _seed
+from moesim.cli.options import words as _words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
-    from moesim.profile import HardwareProfile
     from moesim.replay import Request
-    from moesim.types import ExpertId
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -43,7 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
-    group.add_argument("--trace", required=True, help="a trace file, or the shipped sample `demo`")
+    group.add_argument("--trace", help="a trace file, or the shipped sample `demo`")
     group.add_argument(
         "--policy", action="append", metavar="NAME", help="policy, may repeat or take commas [lru]"
     )
@@ -80,6 +82,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--initial",
         metavar="STATE",
         help="cold, static (loads charged), or a JSON file of expert ids (free) [by policy]",
+    )
+    group.add_argument(
+        "--follow",
+        type=_path,
+        metavar="RUN",
+        help="serve a run of `moesim real run` again, its lanes reporting in the order of its log, "
+        "and compare loads and victims; only --trace, --calibration and --json count beside it",
     )
 
 
@@ -156,6 +165,10 @@ def run(args: argparse.Namespace) -> int:
     from moesim.cli.table import print_replay
     from moesim.replay import replay
 
+    if args.follow is not None:
+        return _follow(args)
+    if args.trace is None:
+        raise UsageError("--trace: name a trace file, or the shipped sample `demo`")
     request = _request(args)
     with requests_progress("replay") as progress:
         answer = replay(request, progress)
@@ -163,6 +176,24 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(answer))
     else:
         print_replay(answer)
+    return 0
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Serve a real run again in the order of its log; 0, for a difference is an error."""
+    from moesim.follow import follow
+    from moesim.traces.samples import trace_path
+
+    trace = None if args.trace is None else trace_path(args.trace)
+    answer = follow(args.follow, trace, args.calibration)
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        print(
+            f"equal: {answer['policy']} at {answer['capacity']} judged {answer['layer_events']} "
+            f"layer events, loaded {answer['loads']} experts and evicted {answer['victims']} as "
+            f"the run in {answer['followed']} did"
+        )
     return 0
 
 
@@ -205,74 +236,3 @@ def _request(args: argparse.Namespace) -> Request:
         engine=args.engine,
         out=args.out,
     )
-
-
-def _hardware(args: argparse.Namespace) -> HardwareProfile:
-    from moesim.capacity import parse_bytes
-    from moesim.profile import load_hardware
-
-    hardware = load_hardware(args.hardware)
-    if args.bandwidth is None:
-        return hardware
-    if args.bandwidth == "inf":
-        return hardware.with_bandwidth(float("inf"))
-    if not re.fullmatch(r"[0-9.]+ *[A-Za-z]+/s", args.bandwidth):
-        raise UsageError(f"--bandwidth {args.bandwidth}: write a rate such as 25GB/s, or inf")
-    rate = parse_bytes(args.bandwidth.removesuffix("/s"), "--bandwidth")
-    if not rate:
-        raise UsageError("--bandwidth 0: must be more than nothing")
-    return hardware.with_bandwidth(float(rate))
-
-
-def _initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
-    """(kind, experts): kind is "", "cold", "static" or "file"."""
-    if text is None or text in ("cold", "static"):
-        return text or "", ()
-    path = Path(text)
-    try:
-        experts: Any = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(
-            f"--initial {text}: {error.strerror}; write cold, static or the path of a JSON file"
-        ) from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"--initial {text}: not JSON; write a list of expert ids") from None
-    if not isinstance(experts, list) or not all(type(e) is int for e in experts):
-        raise UsageError(f"--initial {text}: must be a list of expert ids (whole numbers)")
-    if len(set(experts)) < len(experts):
-        raise UsageError(f"--initial {text}: an expert is listed twice; list each once")
-    return "file", tuple(experts)
-
-
-def _words(given: list[str] | None, default: str) -> tuple[str, ...]:
-    """Repeated options and commas, in order, each once."""
-    words = [w.strip() for text in given or [default] for w in text.split(",")]
-    if not all(words):
-        raise UsageError(f"{','.join(given or [])!r} names nothing between its commas; fill it in")
-    return tuple(dict.fromkeys(words))
-
-
-def _seed(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2**63 - 1")
-    return value
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("names nothing; write a path")
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return value

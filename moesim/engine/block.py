@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,14 @@ from moesim.costs import Costs
 from moesim.engine.compiled import entry
 from moesim.engine.fields import D, E, T
 from moesim.errors import UsageError
-from moesim.types import DROPPED, AnyArray, IntArray
-from moesim.workload import KnownFuture, Step, Work, layer_spans
+from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot
+from moesim.workload import (
+    KnownFuture,
+    Step,
+    Work,
+    layer_spans,
+    slots_of,
+)
 
 LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
 """What a look-up of costs packs into one number."""
@@ -25,20 +32,32 @@ Piece = tuple[Work, int, int]
 
 @dataclass(slots=True)
 class Block:
-    """``events`` [n, len(E)], ``demand`` [accesses, len(D.STATUS)], ``steps`` [m, len(T)]."""
+    """``events`` [n, E], ``demand`` [D.STATUS, accesses], ``table`` [m, T] of the ``steps``."""
 
+    steps: Sequence[Step]
     events: IntArray
     demand: IntArray
-    steps: IntArray
+    table: IntArray
     said: IntArray
     """Predictions, local ids; ``events`` says which are whose."""
+    sources: Sources | None = None
+    """For a policy in plain Python."""
 
 
 class BlockMaker:
     """Turns steps into blocks; remembers costs that it has looked up."""
 
     def __init__(
-        self, costs: Costs, experts: int, *, flat: bool, distance: int, width: int, cpu: bool
+        self,
+        costs: Costs,
+        experts: int,
+        *,
+        flat: bool,
+        distance: int,
+        width: int,
+        cpu: bool,
+        future: KnownFuture | None = None,
+        asked: bool = False,
     ) -> None:
         self._costs = costs
         self._experts = experts
@@ -46,12 +65,14 @@ class BlockMaker:
         self._distance = distance
         self._width = width
         self._cpu = cpu
+        self._future = future
+        self._asked = asked
         self._dense: dict[int, int] = {}
         self._accesses = 0
 
-    def make(self, steps: Sequence[Step], future: KnownFuture | None, kv: Sequence[int]) -> Block:
-        """The block of these steps. ``kv``: bytes that the KV cache takes of each cache, or -1."""
-        rows = _Rows(steps)
+    def make(self, steps: Sequence[Step]) -> Block:
+        """The block of these steps."""
+        rows = _Rows(steps, asked=self._asked)
         experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
         phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
         starts = np.append(rows.starts, len(experts))
@@ -65,53 +86,55 @@ class BlockMaker:
         events[:, E.FIRST] = ends[:-1]
         events[:, E.COUNT] = np.diff(ends)
         of_event = np.repeat(np.arange(len(layers)), events[:, E.COUNT])
-        demand = np.zeros((len(ids), D.STATUS), np.int64)
-        demand[:, D.EXPERT] = ids + layers[of_event] * self._experts
-        demand[:, D.TOKENS] = tokens
-        demand[:, D.PHASE] = phase
+        demand = np.zeros((D.STATUS, len(ids)), np.int64)
+        demand[D.EXPERT] = ids + layers[of_event] * self._experts
+        demand[D.TOKENS] = tokens
+        demand[D.PHASE] = phase
         counts = rows.counts
         # In flat mode an access knows the predictions of its own token alone.
         bounds = np.arange(len(experts) + 1) if self._flat else starts
         said, of_row = self._predictions(rows, bounds)
+        row: IntArray | None = None
         if self._flat:
-            events, demand, counts = _flatten(
+            events, demand, counts, row = _flatten(
                 events, experts, phases, starts, counts, of_row, self._experts
             )
         else:
             events[:, E.PLAN], events[:, E.PLANS] = of_row[:-1], np.diff(of_row)
-        self._add_costs(events, demand)
-        if future is not None:
-            _, _, following = future.table
-            last = self._accesses + len(demand)
-            demand[:, D.NEXT_USE] = following[self._accesses : last]
-        self._accesses += len(demand)
-        return Block(events, demand, self._steps(steps, counts, kv), said)
+        self._add_costs(demand)
+        if self._future is not None:
+            _, _, following = self._future.table
+            last = self._accesses + demand.shape[1]
+            demand[D.NEXT_USE] = following[self._accesses : last]
+        self._accesses += demand.shape[1]
+        sources = _sources(rows, experts, starts, row) if self._asked else None
+        return Block(steps, events, demand, self._steps(steps, counts), said, sources)
 
     def _dense_ns(self, rows: _Rows) -> IntArray:
         _refuse_too_many("tokens", rows.tokens, TOKEN_BITS)
         _refuse_too_many("cached positions", rows.contexts, CONTEXT_BITS)
         _refuse_too_many("layers", rows.layers, LAYER_BITS)
         packed = (rows.tokens << CONTEXT_BITS | rows.contexts) << LAYER_BITS | rows.layers
-        kinds, which = np.unique(packed, return_inverse=True)
+        kinds, which = _kinds(packed)
         known = self._dense
-        for kind in kinds.tolist():
+        for kind in kinds:
             if kind not in known:
                 rest, layer = divmod(kind, 1 << LAYER_BITS)
                 tokens, context = divmod(rest, 1 << CONTEXT_BITS)
                 known[kind] = self._costs.dense_ns(tokens, context, layer)
-        found: IntArray = np.array([known[kind] for kind in kinds.tolist()], np.int64)[which]
+        found: IntArray = np.array([known[kind] for kind in kinds], np.int64)[which]
         return found
 
-    def _add_costs(self, events: IntArray, demand: IntArray) -> None:
-        layer = demand[:, D.EXPERT] // self._experts
-        packed = demand[:, D.TOKENS] << LAYER_BITS | layer
-        kinds, which = np.unique(packed, return_inverse=True)
-        pairs = [divmod(kind, 1 << LAYER_BITS) for kind in kinds.tolist()]
+    def _add_costs(self, demand: IntArray) -> None:
+        layer = demand[D.EXPERT] // self._experts
+        packed = demand[D.TOKENS] << LAYER_BITS | layer
+        kinds, which = _kinds(packed)
+        pairs = [divmod(kind, 1 << LAYER_BITS) for kind in kinds]
         ns = np.array([self._costs.expert_ns(*pair) for pair in pairs], np.int64)
-        demand[:, D.NS] = ns[which]
+        demand[D.NS] = ns[which]
         if self._cpu:
             ns = np.array([self._costs.cpu_expert_ns(*pair) for pair in pairs], np.int64)
-            demand[:, D.CPU_NS] = ns[which]
+            demand[D.CPU_NS] = ns[which]
 
     def _predictions(self, rows: _Rows, starts: IntArray) -> tuple[IntArray, IntArray]:
         """The predictions of rows ``starts[i]`` to ``starts[i + 1]``, once each, in order of first
@@ -124,12 +147,12 @@ class BlockMaker:
         ids, _, _, ends = _unite(np.ascontiguousarray(ahead), starts, none, self._experts)
         return np.append(ids, 0), ends
 
-    def _steps(self, steps: Sequence[Step], counts: IntArray, kv: Sequence[int]) -> IntArray:
+    def _steps(self, steps: Sequence[Step], counts: IntArray) -> IntArray:
         table = np.zeros((len(steps), len(T)), np.int64)
         table[:, T.LAST] = np.cumsum(counts)
         table[:, T.FIRST] = table[:, T.LAST] - counts
         table[:, T.HEAD_NS] = [self._head_ns(step) for step in steps]
-        table[:, T.KV_BYTES] = kv
+        table[:, T.VISIT] = self._asked
         return table
 
     def _head_ns(self, step: Step) -> int:
@@ -143,8 +166,10 @@ class _Rows:
     numbers : number of its step. counts : events of each step.
     """
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], *, asked: bool) -> None:
         self.pieces: list[Piece] = []
+        self.slots: list[tuple[Slot, ...]] = []
+        self._asked = asked
         self._length = 0
         self._events: list[tuple[AnyArray, ...]] = []
         counts: list[int] = []
@@ -178,6 +203,12 @@ class _Rows:
             )
         )
         self._add(work, int(blocks[0]), int(blocks[-1]))
+        if self._asked:
+            for step, first, last in zip(steps, bounds[:-1], bounds[1:], strict=True):
+                part = step.parts[0]
+                for block in range(first, last):
+                    spans = [(part, work.blocks[block], work.blocks[block + 1])]
+                    self.slots.append(slots_of(spans))
         return [int(count) for count in counts]
 
     def _gathered(self, step: Step) -> int:
@@ -189,6 +220,8 @@ class _Rows:
             rows.append((self._length, layer, tokens, context, step.number))
             for part, first, last in spans:
                 self._add(part.work, first, last)
+            if self._asked:
+                self.slots.append(slots_of(spans))
         self._events.append(tuple(np.array(rows, np.int64).reshape(-1, 5).T))
         return len(rows)
 
@@ -274,8 +307,8 @@ def _flatten(
     counts: IntArray,
     said: IntArray,
     size: int,
-) -> tuple[IntArray, IntArray, IntArray]:
-    """``workload.flat_events``: every access an event of its own."""
+) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """``workload.flat_events``: every access an event of its own, and the row that it is of."""
     kept = np.flatnonzero(experts.reshape(-1) != DROPPED)
     row = kept // experts.shape[1]
     of_event = np.searchsorted(starts, row, side="right") - 1
@@ -286,9 +319,100 @@ def _flatten(
     flat[:, E.FIRST] = np.arange(len(kept))
     flat[:, E.COUNT] = 1
     flat[:, E.PLAN], flat[:, E.PLANS] = said[row], said[row + 1] - said[row]
-    demand = np.zeros((len(kept), D.STATUS), np.int64)
-    demand[:, D.EXPERT] = experts.reshape(-1)[kept] + flat[:, E.LAYER] * size
-    demand[:, D.TOKENS] = 1
-    demand[:, D.PHASE] = phases[row]
+    demand = np.zeros((D.STATUS, len(kept)), np.int64)
+    demand[D.EXPERT] = experts.reshape(-1)[kept] + flat[:, E.LAYER] * size
+    demand[D.TOKENS] = 1
+    demand[D.PHASE] = phases[row]
     steps = np.repeat(np.arange(len(counts)), counts)
-    return flat, demand, np.bincount(steps[of_event], minlength=len(counts))
+    return flat, demand, np.bincount(steps[of_event], minlength=len(counts)), kept
+
+
+def _kinds(packed: IntArray) -> tuple[list[int], IntArray]:
+    """The different values, and which of them each is. Most blocks hold few."""
+    if len(packed) and (packed == packed[0]).all():
+        return [int(packed[0])], np.zeros(len(packed), np.int64)
+    kinds, which = np.unique(packed, return_inverse=True)
+    return kinds.tolist(), which
+
+
+# ---- for a policy in plain Python ----------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Sources:
+    """What a block's ``LayerEvent``s are made of.
+
+    starts : row of the block where each whole layer event begins, and the end. slots : of each
+    whole layer event. access : in flat mode, the access ``row * k + rank`` that each event is.
+    """
+
+    experts: AnyArray
+    weights: AnyArray | None
+    gate: AnyArray | None
+    ahead: dict[int, AnyArray]
+    norms: AnyArray | None
+    starts: list[int]
+    slots: list[tuple[Slot, ...]]
+    access: list[int] | None
+
+    def layer_event(self, row: int, event: int, step: int, layer: int) -> LayerEvent:
+        """A block's event, as ``workload.layer_events`` or ``flat_events`` would give it."""
+        if self.access is not None:
+            return self._flat(self.access[row], event, step, layer)
+        first, last = self.starts[row], self.starts[row + 1]
+        return self._cut(self.experts[first:last], self.slots[row], first, last, event, step, layer)
+
+    def _flat(self, access: int, event: int, step: int, layer: int) -> LayerEvent:
+        row, rank = divmod(access, self.experts.shape[1])
+        whole = bisect_right(self.starts, row) - 1
+        token = row - self.starts[whole]
+        slot = next(s for s in reversed(self.slots[whole]) if s.first <= token)
+        slots = (slot._replace(first=0, tokens=1),)
+        chosen = self.experts[row : row + 1, rank : rank + 1]
+        return self._cut(chosen, slots, row, row + 1, event, step, layer)
+
+    def _cut(
+        self,
+        experts: AnyArray,
+        slots: tuple[Slot, ...],
+        first: int,
+        last: int,
+        event: int,
+        step: int,
+        layer: int,
+    ) -> LayerEvent:
+        return LayerEvent(
+            event,
+            step,
+            layer,
+            slots,
+            experts,
+            None if self.weights is None else self.weights[first:last],
+            None if self.gate is None else self.gate[first:last],
+            {distance: rows[first:last] for distance, rows in self.ahead.items()},
+            None if self.norms is None else self.norms[first:last],
+        )
+
+
+def _sources(rows: _Rows, experts: AnyArray, starts: IntArray, access: IntArray | None) -> Sources:
+    works = [piece[0] for piece in rows.pieces]
+
+    def gathered(column: Sequence[AnyArray | None]) -> AnyArray | None:
+        cut = [
+            None if values is None else values[a:b]
+            for values, (_, a, b) in zip(column, rows.pieces, strict=True)
+        ]
+        present = [values for values in cut if values is not None]
+        return _gather(present) if present else None
+
+    ahead = {d: gathered([w.ahead[d] for w in works]) for d in (works[0].ahead if works else ())}
+    return Sources(
+        experts,
+        gathered([w.weights for w in works]),
+        gathered([w.gate for w in works]),
+        {d: rows for d, rows in ahead.items() if rows is not None},
+        gathered([w.norms for w in works]),
+        starts.tolist(),
+        rows.slots,
+        None if access is None else access.tolist(),
+    )

@@ -57,9 +57,32 @@ def entry(function: F, *, allocates: bool = False) -> F:
 
 
 def kernel(function: F) -> F:
-    """Compile a function that compiled code calls; always inlined."""
+    """Compile a function that compiled code calls; always inlined.
+
+    numba would compile it again for every constant that it is called with, and optimise it again
+    in each of its callers; so constants count as numbers, and only an ``entry`` is optimised.
+    """
     compiler: Any = numba.njit(**_INNER)
-    return cast(F, compiler(function))
+    compiled = compiler(function)
+    if compiled is not function:
+        compiled.compile = _plainly(compiled.compile)
+    return cast(F, compiled)
+
+
+def _plainly(compile_as: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def compile_plainly(signature: Any) -> Any:
+        types: Any = numba.types
+        plain = [types.unliteral(kind) for kind in signature]
+        plain = [types.int64 if isinstance(k, types.IntEnumMember) else k for k in plain]
+        config: Any = numba.config
+        before = config.OPT
+        config.OPT = int(os.environ.get("XOPT", "1"))
+        try:
+            return compile_as(tuple(plain))
+        finally:
+            config.OPT = before
+
+    return compile_plainly
 
 
 @cache

@@ -1,22 +1,30 @@
 """The fast engine: the reference engine's answers, from compiled code.
 
-Same interface and same results to the nanosecond as ``moesim.engine.reference``, for policies made
-of built-in seats. This file feeds ``moesim.engine.kernel`` with arrays and reads them out; the
-rules are there, what the arrays hold is in ``moesim.engine.fields``.
+Same interface and same results to the nanosecond as ``moesim.engine.reference``. Policies made of
+built-in seats run wholly in compiled code; any other is asked from there (``moesim.engine.asked``),
+which is slower. This file fills the arrays and reads them out; the rules are in
+``moesim.engine.kernel``, what the arrays hold is in ``moesim.engine.fields``.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
 from moesim.engine import block, kernel
-from moesim.engine.block import BlockMaker
+from moesim.engine.asked import Asked
+from moesim.engine.block import Block, BlockMaker
 from moesim.engine.clock import TOO_LONG
 from moesim.engine.compiled import load
-from moesim.engine.fields import C, D, E, K, Keep, O, Q, S, T, W, Wish, X
+from moesim.engine.feed import Feed
+from moesim.engine.fields import C, D, E, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
+from moesim.engine.machine import M
+from moesim.engine.quick import quick_steps
 from moesim.engine.setup import Setup
+from moesim.engine.steps import make_room
 from moesim.errors import UsageError
 from moesim.ledger import Ledger
 from moesim.log import LogDigest
@@ -40,11 +48,11 @@ from moesim.policies.random_victim import Random
 from moesim.policies.slru import SLRU
 from moesim.policies.static import Static
 from moesim.policies.whole_layer import WholeLayer
-from moesim.protocol import Policy, SeatPolicy, restrict
+from moesim.protocol import PlainPolicy, Policy, Seat, SeatPolicy, restrict
 from moesim.tally import FATES, Counts, RequestTimes, Tally
 from moesim.timeline import LANES
-from moesim.types import NEVER, IntArray, Needs, Phase, Serve, State
-from moesim.workload import DONE, STARVED, Idle, KnownFuture, Step, Work, context_tokens
+from moesim.types import NEVER, AnyArray, IntArray, Landed, Needs, Phase, Serve, State
+from moesim.workload import KnownFuture, Step, Work, context_tokens
 
 KEEPS: dict[type, Keep] = {
     LRU: Keep.LRU,
@@ -71,12 +79,29 @@ WISHES: dict[type, Wish] = {
 SERVES: dict[type, int] = {Fetch: Serve.FETCH, CPU: Serve.CPU, Fiddler: Serve.SKIP}
 """The miss seats; the kernel reads ``SKIP`` as "the quicker of the two"."""
 
-BLOCK_EVENTS = 1 << 16
-"""Layer events that are prepared at once."""
+ORDERS: dict[Keep, Order] = {
+    Keep.LRU: Order.LIST,
+    Keep.FIFO: Order.LIST,
+    Keep.LFU: Order.HEAP,
+    Keep.LFU_INCACHE: Order.HEAP,
+    Keep.SLRU: Order.HEAP,
+    Keep.FIXED: Order.HEAP,
+    Keep.MIN: Order.HEAP,
+}
+"""How residents are kept for a keep seat; where every score moves with time, in no order."""
+
+FEW_SLOTS = 16
+"""Up to so many residents a search among all of them is quicker than a heap."""
+
 SPANS = 1 << 14
+COMMANDS = 1 << 10
+NOTES = 1 << 10
+
+LONGEST_CALM_NS = 1 << 40
+"""Above this a block's times go the general way, which watches for the end of the clock."""
 
 
-def compiled(policy: Policy) -> bool:
+def compiled(policy: Policy) -> TypeGuard[SeatPolicy]:
     """Whether a policy is made of seats that the compiled core knows."""
     return (
         isinstance(policy, SeatPolicy)
@@ -88,106 +113,144 @@ def compiled(policy: Policy) -> bool:
 
 
 class FastEngine:
-    """One configuration on one device; use it as ``ReferenceEngine``."""
+    """One configuration on one device; use it as ``ReferenceEngine``.
 
-    def __init__(self, setup: Setup) -> None:
-        if not compiled(setup.policy):
-            raise UsageError(
-                "the fast engine runs policies made of built-in seats only; "
-                "use --engine reference for this one"
-            )
-        assert isinstance(setup.policy, SeatPolicy)
+    asked : run even a policy of built-in seats as one in plain Python.
+    """
+
+    def __init__(self, setup: Setup, *, asked: bool = False) -> None:
         self.setup = setup
         self.policy = setup.policy
         self.policy.begin(restrict(setup.world, self.policy.needs))
         self.tally = Tally(layer_stall_ns=[0] * setup.world.layers)
         self.spans: list[tuple[str, int, int, int]] | None = [] if setup.options.timeline else None
-        self._future = self._needed_future()
-        self._machine = _machine(setup, self.policy, self._future)
+        self.core_ns = 0
+        """Time spent in compiled code, on the wall."""
+        self._seats: SeatPolicy | None = None
+        if compiled(setup.policy) and not asked:
+            self._seats = setup.policy
+        self.future = self._needed_future()
+        self._machine = _machine(setup, self._seats, self.future)
+        self._asked = None if self._seats else Asked(setup, self._machine)
+        if self._asked is not None:
+            self._machine.s[O.HOST] = self._asked.address
         load(*kernel.calls(self._machine), *block.calls())
-        self._blocks = BlockMaker(
-            setup.costs,
-            setup.world.experts,
-            flat=setup.options.flat,
-            distance=getattr(self.policy.prefetch, "distance", 1) if self._reads_ahead() else 0,
-            width=getattr(self.policy.prefetch, "width", 0),
-            cpu=not isinstance(self.policy.miss, Fetch),
-        )
         self._times: dict[int, RequestTimes] = {}
-        self._closed = False
-        self._done = False
-        self._timed = False
         self._fill()
+        self._feed: Feed | None = None
 
     # ---- feeding ---------------------------------------------------------------------------------
 
+    @property
+    def feed(self) -> Feed:
+        """What serves this engine alone."""
+        if self._feed is None:
+            self._feed = Feed([self])
+        return self._feed
+
     def offer(self, work: Work) -> None:
         """The next request of the trace."""
-        self._timed = self._timed or work.arrival_ns is not None
-        self.setup.scheduler.offer(work)
+        self.feed.offer(work)
 
     def close(self) -> None:
         """No request follows."""
-        self.setup.scheduler.close()
+        self.feed.close()
 
     def advance(self) -> bool:
         """Run until the run is done (True) or the next request is needed (False)."""
-        while not self._done:
-            steps, verdict = self._gather()
-            if steps:
-                self._serve(steps)
-            if isinstance(verdict, Idle):
-                self._idle(verdict.until_ns)
-            elif verdict == STARVED:
-                return False
-            elif verdict == DONE:
-                self._finish()
-        return True
+        return self.feed.advance()
 
-    def _gather(self) -> tuple[list[Step], Idle | str | None]:
-        """Steps that can be prepared now. With arrivals a step may depend on the one before."""
-        steps: list[Step] = []
-        events = 0
-        while events < BLOCK_EVENTS:
-            step = self.setup.scheduler.next_step(self._now)
-            if not isinstance(step, Step):
-                return steps, step
-            steps.append(step)
-            events += self.setup.world.layers
-            if self._timed:
-                break
-        return steps, None
+    def block_maker(self) -> BlockMaker:
+        """What cuts the workload for this engine."""
+        prefetch = self._seats.prefetch if self._seats else None
+        reads = prefetch is not None and Needs.AHEAD in prefetch.needs
+        return BlockMaker(
+            self.setup.costs,
+            self.setup.world.experts,
+            flat=self.setup.options.flat,
+            distance=getattr(prefetch, "distance", 1) if reads else 0,
+            width=getattr(prefetch, "width", 0),
+            cpu=self._seats is None or not isinstance(self._seats.miss, Fetch),
+            future=self.future,
+            asked=self._seats is None,
+        )
 
     @property
-    def _now(self) -> int:
+    def now(self) -> int:
+        """The time in ns."""
         return int(self._machine.s[S.NOW])
 
     # ---- running ---------------------------------------------------------------------------------
 
-    def _serve(self, steps: Sequence[Step]) -> None:
-        made = self._blocks.make(steps, self._future, [self._kv_bytes(s) for s in steps])
-        machine = self._machine._replace(
-            ev=made.events, dem=made.demand, said=made.said, st=made.steps
-        )
+    def serve(self, made: Block) -> None:
+        """Run a block of steps."""
+        table = made.table.copy()
+        if self.setup.options.share_kv:
+            table[:, T.VISIT] = 1
+        machine = self._machine._replace(ev=made.events, dem=made.demand, said=made.said, st=table)
         machine.s[S.STEP] = 0
+        machine.s[O.QUICK] = self._is_quick(made)
+        if self._asked is not None:
+            self._asked.block = made
         kernel.schedule_step(machine)
-        self._run(machine)
-        for step, row in zip(steps, made.steps.tolist(), strict=True):
+        self._run(machine, made.steps)
+        for step, row in zip(made.steps, table.tolist(), strict=True):
             self._account(step, row)
 
-    def _idle(self, until_ns: int) -> None:
+    def idle(self, until_ns: int) -> None:
+        """Serve nothing before a time."""
+        self._machine.s[O.QUICK] = 0
         kernel.schedule_idle(self._machine, until_ns)
-        self._run(self._machine)
+        self._run(self._machine, ())
 
-    def _run(self, machine: kernel.M) -> None:
-        stopped = kernel.SPANS_FULL
-        while stopped == kernel.SPANS_FULL:
-            stopped = kernel.run(machine)
+    def _is_quick(self, made: Block) -> bool:
+        seats, options, s = self._seats, self.setup.options, self._machine.s
+        if seats is None or options.timeline or not s[O.ONE_VICTIM] or not options.quick:
+            return False
+        if WISHES[type(seats.prefetch)] != Wish.NONE or not isinstance(seats.miss, Fetch):
+            return False
+        longest = max(int(made.demand[D.NS].max(initial=0)), int(made.events[:, E.DENSE_NS].max()))
+        longest = max(longest, int(s[O.LOAD]), int(s[O.SYNC]), int(s[O.PLAN]))
+        return not seats.bypass and longest < LONGEST_CALM_NS
+
+    def _run(self, machine: M, steps: Sequence[Step]) -> None:
+        """Let the core run until the steps are done."""
+        stopped = kernel.STEP_DONE
+        while stopped != kernel.BLOCK_DONE:
+            stopped = self._enter(machine, closed=stopped == kernel.STEP_DONE)
             self._drain(machine)
-        if stopped == kernel.TOO_LONG:
-            raise UsageError(TOO_LONG)
+            if stopped == kernel.STEP_BEGINS:
+                self._step_begins(steps[int(machine.s[S.STEP])])
+            elif stopped == kernel.STEP_ENDS:
+                self._step_ends(steps[int(machine.s[S.STEP]) - 1])
+            elif stopped == kernel.FAILED:
+                assert self._asked is not None and self._asked.error is not None
+                raise self._asked.error
+            elif stopped == kernel.TOO_LONG:
+                raise UsageError(TOO_LONG)
 
-    def _drain(self, machine: kernel.M) -> None:
+    def _enter(self, machine: M, *, closed: bool) -> int:
+        """The core until it stops; in closed form first, where that may be and a step begins."""
+        began = time.perf_counter_ns()
+        stopped = kernel.BLOCK_DONE
+        if closed and machine.s[O.QUICK]:
+            quick_steps(machine)
+        if machine.s[S.C_TIME] != NEVER:
+            stopped = kernel.run(machine)
+        self.core_ns += time.perf_counter_ns() - began
+        return stopped
+
+    def _step_begins(self, step: Step) -> None:
+        if self._asked is not None:
+            self._asked.step_begins(step)
+        if self.setup.options.share_kv:
+            make_room(self._machine, self._kv_bytes(step))
+
+    def _step_ends(self, step: Step) -> None:
+        if self._asked is not None:
+            self._asked.step_ends(step)
+
+    def _drain(self, machine: M) -> None:
         if self.spans is None:
             return
         count = int(machine.s[S.N_SPANS])
@@ -196,9 +259,7 @@ class FastEngine:
         machine.s[S.N_SPANS] = 0
 
     def _kv_bytes(self, step: Step) -> int:
-        """What the KV cache takes of each cache; -1 where it has memory of its own."""
-        if not self.setup.options.share_kv:
-            return -1
+        """What the KV cache takes of each cache."""
         whole = self.setup.world.capacity_bytes
         context = sum(context_tokens(part) for part in step.parts)
         taken = context * self.setup.kv_bytes_per_token // len(whole)
@@ -227,9 +288,6 @@ class FastEngine:
 
     # ---- beginning and end -----------------------------------------------------------------------
 
-    def _reads_ahead(self) -> bool:
-        return Needs.AHEAD in self.policy.prefetch.needs
-
     def _needed_future(self) -> KnownFuture | None:
         future = self.setup.world.future if Needs.FUTURE in self.policy.needs else None
         assert future is None or isinstance(future, KnownFuture)
@@ -238,7 +296,7 @@ class FastEngine:
     def _fill(self) -> None:
         """``ReferenceEngine._fill``."""
         m, tally = self._machine, self.tally
-        for expert in self.setup.initial:
+        for order, expert in enumerate(self.setup.initial):
             nbytes = int(m.k[K.COPY, expert])
             if self.setup.initial_charged:
                 duration = self.setup.costs.load_ns(nbytes)
@@ -248,48 +306,62 @@ class FastEngine:
             kernel.place(m, expert)
             tally.initial_loads += 1
             tally.initial_bytes += nbytes
+            if self._asked is not None:
+                self.policy.note(Landed(expert, 0, -1, order, False))
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """``Link.finish``, and the arrays as a tally."""
         m = self._machine
         kernel.finish(m)
+        if self._asked is not None:
+            self._asked.finish()
+            self.tally.jobs = self._asked.jobs
         _read(m, self.tally)
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:
-            _audit(self.tally, self._now)
-        self._done = True
+            _audit(self.tally, self.now)
 
 
 # ---- from a setup to arrays ----------------------------------------------------------------------
 
 
-def _machine(setup: Setup, policy: SeatPolicy, future: KnownFuture | None) -> kernel.M:
+def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None) -> M:
     world = setup.world
-    experts = world.experts
-    sizes = sorted({int(b) for b in world.expert_bytes[0]})
-    distance = max(1, getattr(policy.prefetch, "distance", 1))
-    wishes = experts * (distance + 1 if isinstance(policy.prefetch, LookAhead) else 2)
+    experts, caches = world.experts, len(world.capacity_bytes)
+    keys = world.expert_bytes.size * experts
+    sizes = sorted({int(b) for b in world.expert_bytes.reshape(-1)})
+    distance = max(1, getattr(seats.prefetch, "distance", 1)) if seats else 1
+    looks_ahead = seats is not None and isinstance(seats.prefetch, LookAhead)
+    wishes = experts * (distance + 1 if looks_ahead else 2)
     workers = setup.costs.hardware.host.workers
-    width = max(world.size, 2 * experts + 2, workers + 1)
-    machine = kernel.M(
-        s=_scalars(setup, policy, future),
-        k=_keys(setup, policy, sizes),
-        c=_caches(setup, policy),
+    width = max(keys, 2 * experts + 2, workers + 1)
+    starts, wanted = _future(future if looks_ahead else None)
+    machine = M(
+        s=_scalars(setup, seats, sizes),
+        state=np.full(keys, State.ABSENT, np.uint8),
+        k=_keys(setup, seats, sizes),
+        c=_caches(setup, seats, keys),
         w=np.zeros((len(W), workers), np.int64),
         q=np.zeros((len(Q), width), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
         ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
         named=np.full((distance + 2, experts + 2), -1, np.int64),
         plan=np.zeros((wishes + experts, 3), np.int64),
-        known=_known(policy, world.layers, experts),
-        future=_future(policy, future),
+        told=np.zeros((COMMANDS, len(P)), np.int64),
+        heard=np.zeros((NOTES, len(R)), np.int64),
+        known=_known(seats, world.layers, experts),
+        starts=starts,
+        future=wanted,
         counts=np.zeros((3, max(len(Counts.__slots__), world.layers)), np.int64),
         spans=np.zeros((SPANS, 4), np.int64),
         ev=np.zeros((1, len(E)), np.int64),
-        dem=np.zeros((1, int(D.STATUS)), np.int64),
+        dem=np.zeros((int(D.STATUS), 1), np.int64),
         said=np.zeros(1, np.int64),
         st=np.zeros((1, len(T)), np.int64),
     )
+    heads = keys + np.arange(caches)
+    machine.k[K.BEFORE, heads] = machine.k[K.AFTER, heads] = heads
+    machine.s[O.RUN_EVENTS] = len(starts) - 1
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
     return machine
@@ -303,96 +375,126 @@ def _curves(chunk_ends: Sequence[tuple[int, ...]]) -> IntArray:
     return ends
 
 
-def _scalars(setup: Setup, policy: SeatPolicy, future: KnownFuture | None) -> IntArray:
+def _scalars(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntArray:
     world, options, costs = setup.world, setup.options, setup.costs
-    prefetch, keep = policy.prefetch, policy.keep
-    equal = len(set(world.expert_bytes[0].tolist())) == 1
+    equal = len(sizes) == 1
     s = np.zeros(len(S) + len(O), np.int64)
     s[S.EVENT] = s[S.L_KEY] = -1
     s[S.C_TIME] = s[S.L_TIME] = NEVER
     s[S.ASLEEP_TAIL] = costs.hardware.host.workers
     s[O.LAYERS], s[O.EXPERTS], s[O.SIZE] = world.layers, world.experts, world.size
+    s[O.KEYS] = world.expert_bytes.size * world.experts
     s[O.CACHES] = len(world.capacity_bytes)
-    s[O.KEEP] = KEEPS[type(keep)]
-    s[O.PREFETCH] = WISHES[type(prefetch)]
-    s[O.MISS] = SERVES[type(policy.miss)]
-    s[O.BYPASS] = policy.bypass
+    s[O.BYPASS] = setup.policy.bypass
     s[O.BARRIER] = options.order == "barrier"
     s[O.STAGING] = world.top_k
     s[O.SYNC], s[O.PLAN] = costs.sync_ns, costs.plan_ns
-    s[O.DISTANCE] = getattr(prefetch, "distance", 1)
-    s[O.CANCEL] = getattr(prefetch, "cancel", False)
     s[O.DECODE_FROM] = world.decode_from
-    s[O.FACTOR] = getattr(keep, "factor", 0)
     s[O.SEED] = world.seed
     s[O.CHUNK] = costs.hardware.link.chunk_bytes
     s[O.WORKERS] = costs.hardware.host.workers
     s[O.SPANS] = options.timeline
-    s[O.RUN_EVENTS] = future.events if future is not None else 0
+    s[O.LOG] = options.log
     s[O.ONE_VICTIM] = equal and not options.share_kv
+    if equal:
+        s[O.UNIT], s[O.LOAD] = sizes[0], costs.load_ns(sizes[0])
+    if seats is None:
+        s[O.ROUTES] = setup.policy.lossy
+        s[O.LISTENS] = listens(setup.policy)
+    else:
+        _choose_seats(s, seats, setup)
     return s
 
 
-def _keys(setup: Setup, policy: SeatPolicy, sizes: Sequence[int]) -> IntArray:
-    world, keep = setup.world, policy.keep
+def _choose_seats(s: IntArray, seats: SeatPolicy, setup: Setup) -> None:
+    prefetch, keep = seats.prefetch, seats.keep
+    s[O.KEEP] = KEEPS[type(keep)]
+    s[O.PREFETCH] = WISHES[type(prefetch)]
+    s[O.MISS] = SERVES[type(seats.miss)]
+    s[O.DISTANCE] = getattr(prefetch, "distance", 1)
+    s[O.CANCEL] = getattr(prefetch, "cancel", False)
+    s[O.FACTOR] = getattr(keep, "factor", 0)
+    s[O.ORDER] = setup.options.residents
+    if s[O.ORDER] < 0:
+        s[O.ORDER] = _order(KEEPS[type(keep)], setup)
+
+
+def _order(keep: Keep, setup: Setup) -> Order:
+    """How residents are kept; the answer does not depend on it."""
+    order = ORDERS.get(keep, Order.SCAN)
+    smallest = int(setup.world.expert_bytes.min())
+    slots = max(setup.world.capacity_bytes) // max(1, smallest)
+    return Order.SCAN if order == Order.HEAP and slots <= FEW_SLOTS else order
+
+
+def listens(policy: Policy) -> bool:
+    """Whether anything of a policy has a ``note`` of its own."""
+    parts = policy.seats if isinstance(policy, SeatPolicy) else (policy,)
+    return any(type(part).note not in (Seat.note, PlainPolicy.note) for part in parts)
+
+
+def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntArray:
+    world = setup.world
     ledger = Ledger(
         world.expert_bytes,
         world.experts,
         world.capacity_bytes,
         allocator=setup.options.allocator,
     )
-    k = np.zeros((len(K) + len(X), world.size), np.int64)
-    k[K.CACHE] = ledger.cache_of[: world.size]
-    k[K.BYTES] = ledger.bytes_of[: world.size]
-    k[K.COPY] = ledger.copy_bytes[: world.size]
+    keys = len(ledger.state)
+    whole = np.zeros((len(K) + len(X), keys + len(world.capacity_bytes)), np.int64)
+    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED, K.REPLACES):
+        whole[name] = -1
+    k = whole[:, :keys]
+    k[K.CACHE] = ledger.cache_of
+    k[K.BYTES] = ledger.bytes_of
+    k[K.COPY] = ledger.copy_bytes
     places = k[K.CACHE] + k[K.BYTES] * len(world.capacity_bytes)
     k[K.PLACE] = np.unique(places, return_inverse=True)[1]
     k[K.CURVE] = np.searchsorted(sizes, k[K.COPY])
     k[K.LOAD_NS] = np.array([setup.costs.load_ns(size) for size in sizes])[k[K.CURVE]]
-    k[K.STATE] = State.ABSENT
-    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED):
-        k[name] = -1
-    k[X.SCORE] = keep.score
-    if isinstance(keep, LFRU):
-        k[X.LAST] = keep.last
-    if isinstance(keep, LeastStale):
-        k[X.LAST] = keep.touched
-    return k
+    if seats is not None:
+        keep = seats.keep
+        k[X.SCORE, : world.size] = keep.score
+        if isinstance(keep, LFRU):
+            k[X.LAST, : world.size] = keep.last
+        if isinstance(keep, LeastStale):
+            k[X.LAST, : world.size] = keep.touched
+    return whole
 
 
-def _caches(setup: Setup, policy: SeatPolicy) -> IntArray:
-    world = setup.world
-    caches = len(world.capacity_bytes)
+def _caches(setup: Setup, seats: SeatPolicy | None, keys: int) -> IntArray:
+    caches = len(setup.world.capacity_bytes)
     c = np.zeros((len(C), caches), np.int64)
-    c[C.CAPACITY] = c[C.WHOLE] = world.capacity_bytes
-    c[C.FIRST] = np.arange(caches) * (world.size // caches)
-    c[C.LIMIT] = getattr(policy.keep, "limit", 0)
+    c[C.CAPACITY] = c[C.WHOLE] = setup.world.capacity_bytes
+    c[C.FIRST] = np.arange(caches) * (keys // caches)
+    c[C.LIMIT] = getattr(seats.keep, "limit", 0) if seats else 0
     return c
 
 
-def _known(policy: SeatPolicy, layers: int, experts: int) -> IntArray:
+def _known(seats: SeatPolicy | None, layers: int, experts: int) -> IntArray:
     known = np.zeros((layers, 1 + experts), np.int64)
-    if isinstance(policy.prefetch, HotSet):
-        width = policy.prefetch.hot.shape[1]
+    if seats is not None and isinstance(seats.prefetch, HotSet):
+        width = seats.prefetch.hot.shape[1]
         known[:, 0] = width
-        known[:, 1 : 1 + width] = policy.prefetch.hot
+        known[:, 1 : 1 + width] = seats.prefetch.hot
     return known
 
 
-def _future(policy: SeatPolicy, future: KnownFuture | None) -> IntArray:
-    if future is None or not isinstance(policy.prefetch, LookAhead):
-        return np.zeros(1, np.int64)
+def _future(future: KnownFuture | None) -> tuple[IntArray, AnyArray]:
+    if future is None:
+        return np.zeros(1, np.int64), np.zeros(1, np.int32)
     starts, ids, _ = future.table
-    return np.concatenate([starts, ids.astype(np.int64)])
+    return starts, ids
 
 
 # ---- from arrays to a tally ----------------------------------------------------------------------
 
 
-def _read(m: kernel.M, tally: Tally) -> None:
+def _read(m: M, tally: Tally) -> None:
     s: Callable[[S], int] = lambda row: int(m.s[row])  # noqa: E731
     for phase in Phase:
-        tally.phases[phase] = Counts(*m.counts[phase, : len(Counts.__slots__)].tolist())
+        tally.phases[phase] = _counts(m, phase)
     fates = tally.prefetch
     fates.planned, fates.overtaken, fates.dropped = s(S.PLANNED), s(S.OVERTAKEN), s(S.DROPPED)
     fates.issued, fates.polluting = s(S.ISSUED), s(S.POLLUTING)
@@ -412,13 +514,25 @@ def _read(m: kernel.M, tally: Tally) -> None:
     tally.evictions, tally.evicted_bytes = s(S.EVICTIONS), s(S.EVICTED_BYTES)
     tally.link_busy_ns = s(S.LINK_BUSY)
     tally.cancelled_bytes, tally.in_flight_bytes = s(S.MOVED_OF_CANCELLED), s(S.IN_FLIGHT_BYTES)
-    tally.resident_bytes = int(m.k[K.COPY][m.k[K.STATE] == State.RESIDENT].sum())
+    tally.resident_bytes = int(m.k[K.COPY, : len(m.state)][m.state == State.RESIDENT].sum())
     tally.predicted, tally.named = s(S.PREDICTED), s(S.NAMED)
     tally.largest_union_bytes, tally.overflows = s(S.LARGEST_UNION), s(S.OVERFLOWS)
     tally.events = s(S.EVENT) + 1
     tally.peak_bytes = s(S.PEAK)
     tally.log_digest = LogDigest.of(s(S.LOG_SUM), s(S.LOG_WORDS))
     tally.decision_digest = LogDigest.of(s(S.CHOICE_SUM), s(S.CHOICE_WORDS))
+
+
+def _counts(m: M, phase: Phase) -> Counts:
+    counts = Counts(*m.counts[phase, : len(Counts.__slots__)].tolist())
+    unit = int(m.s[O.UNIT])
+    if unit:
+        # The closed form leaves these to be multiplied out here.
+        counts.access_bytes = counts.accesses * unit
+        counts.hit_bytes = counts.hits * unit
+        counts.late_bytes = counts.late_hits * unit
+        counts.miss_bytes = counts.misses * unit
+    return counts
 
 
 def _audit(tally: Tally, now_ns: int) -> None:

@@ -65,6 +65,8 @@ class S(_Rows):
     H_TAIL = auto()
     ASLEEP_HEAD = auto()
     ASLEEP_TAIL = auto()
+    AWAKE = auto()
+    """Workers that have a pending event."""
     # The seats' clock, the layer event's facts, the plan under way.
     CLOCK = auto()
     PHASE = auto()
@@ -73,6 +75,24 @@ class S(_Rows):
     N_SPANS = auto()
     GATE_STEP = auto()
     GATE_LAYER = auto()
+    # What a policy in plain Python is asked and told.
+    FAILED = auto()
+    """It raised, or broke the protocol."""
+    FOREGROUND = auto()
+    """What its plan costs on the critical path, in ns."""
+    UNSERVED = auto()
+    """The plan of the newest gate is still being paid for: its misses are not yet loads."""
+    VISITED = auto()
+    """Python has seen the beginning of the step, or its end."""
+    FLOOR = auto()
+    """Score of the victim chosen last."""
+    N_CANDIDATES = auto()
+    LACKING = auto()
+    """Bytes that must be freed."""
+    N_NOTES = auto()
+    JOBS = auto()
+    """Submitted and not yet done."""
+    JOBS_QUEUED = auto()
     # Logs.
     LOG_WORDS = auto()
     LOG_SUM = auto()
@@ -125,7 +145,22 @@ class O(IntEnum):  # noqa: E742
     LAYERS = len(S)
     EXPERTS = auto()
     SIZE = auto()
+    KEYS = auto()
     CACHES = auto()
+    ORDER = auto()
+    """How the residents of a cache are kept in order (``Order``)."""
+    QUICK = auto()
+    """A layer event without waves may be served in closed form."""
+    UNIT = auto()
+    """Bytes of every expert, where they are equal; else 0."""
+    LOAD = auto()
+    """What a load takes, where they are equal."""
+    LOG = auto()
+    HOST = auto()
+    """Address of the function that asks the policy; 0: it is made of built-in seats."""
+    ROUTES = auto()
+    LISTENS = auto()
+    """Whether the policy hears notes."""
     KEEP = auto()
     PREFETCH = auto()
     MISS = auto()
@@ -151,7 +186,6 @@ class O(IntEnum):  # noqa: E742
 class K(_Rows):
     """Facts of a key: of its copy, and of the load under way or the last one."""
 
-    STATE = auto()
     CACHE = auto()
     BYTES = auto()
     COPY = auto()
@@ -163,7 +197,18 @@ class K(_Rows):
     ROW = auto()
     """Its row in that event's demand."""
     AT = auto()
-    """Its place among its cache's residents."""
+    """Its place among its cache's residents, unless they are a list."""
+    BEFORE = auto()
+    """In a list: the resident that goes before it, or the head of its cache's list."""
+    AFTER = auto()
+    RANK = auto()
+    """In a heap: its score when it was last put in its place."""
+    EVENT = auto()
+    """The layer event that asked for its load."""
+    ORDINAL = auto()
+    """Its place in that event's demand or plan."""
+    REPLACES = auto()
+    """The key whose place its load takes, or -1."""
     PHASE = auto()
     TSEQ = auto()
     PRIORITY = auto()
@@ -254,8 +299,8 @@ class T(_Rows):
     END_NS = auto()
     STALL_NS = auto()
     MISSES = auto()
-    KV_BYTES = auto()
-    """What the KV cache takes of each cache; -1: nothing."""
+    VISIT = auto()
+    """Python must see its beginning and its end."""
 
 
 class N(_Rows):
@@ -306,6 +351,9 @@ class Q(_Rows):
     VICTIMS = auto()
     FULL = auto()
     """Places without room, while the link looks for what may go."""
+    CANDIDATES = auto()
+    """What a policy may name as victims."""
+    STACK = auto()
     ONE = auto()
 
 
@@ -350,3 +398,67 @@ class Does(IntEnum):
     CPU = 8
     HEAD = 9
     IDLE = 10
+    ENDED = 11
+
+
+class Order(IntEnum):
+    """How the residents of a cache are kept."""
+
+    SCAN = 0
+    """In no order: the victim is searched among all."""
+    LIST = 1
+    """In a list by score: for scores that a touch raises above all others."""
+    HEAP = 2
+    """In a heap by (score, key): for scores that only their own expert's touches change."""
+
+
+class Ask(IntEnum):
+    """What the core asks the host of a policy in plain Python."""
+
+    ROUTE = 0
+    GATE = 1
+    APPLY = 2
+    """What the gate's plan asks for."""
+    CHOOSE = 3
+    LESSER = 4
+    JOB_BEGIN = 5
+    JOB_DONE = 6
+    NOTES = 7
+
+
+class P(_Rows):
+    """Columns of a command, the form in which a plan in Python reaches the core."""
+
+    DOES = auto()
+    KEY = auto()
+    EXPIRES = auto()
+    PRIORITY = auto()
+    REPLACES = auto()
+    ORDINAL = auto()
+
+
+class Command(IntEnum):
+    """What a command does."""
+
+    CANCEL = 0
+    REPRIORITISE = 1
+    PREFETCH = 2
+    JOB = 3
+
+
+class R(_Rows):
+    """Columns of a note."""
+
+    KIND = auto()
+    KEY = auto()
+    EVENT = auto()
+    ORDINAL = auto()
+    DEMAND = auto()
+
+
+class Heard(IntEnum):
+    """Kinds of note."""
+
+    LANDED = 0
+    EVICTED = 1
+    DROPPED = 2

@@ -58,7 +58,9 @@ from moesim.workload import (
     Part,
     Step,
     Work,
+    begin_facts,
     context_tokens,
+    end_facts,
     flat_events,
     layer_events,
     union,
@@ -193,6 +195,8 @@ class ReferenceEngine:
     def _step(self, step: Step) -> Process:
         for part in step.parts:
             self._begin(part)
+        for begin, phase in begin_facts(step):
+            self._tell(begin, phase)
         stall, misses = self.tally.times.stall, self._misses()
         if self.setup.options.share_kv:
             self._make_room_for_kv(step)
@@ -207,6 +211,8 @@ class ReferenceEngine:
             times.stall_ns += self.tally.times.stall - stall
             times.misses += self._misses() - misses
             self._end(part)
+        for end in end_facts(step):
+            self._tell(end, Phase.DECODE)
         self.tally.steps += 1
         if self.setup.options.check:
             self.ledger.audit()
@@ -215,37 +221,23 @@ class ReferenceEngine:
         return sum(counts.misses for counts in self.tally.phases)
 
     def _begin(self, part: Part) -> None:
-        work, request = part.work, part.work.rows.request
+        work = part.work
         if part.number == 0 and part.begins:
             arrival = self.clock.now if work.arrival_ns is None else work.arrival_ns
             prompt = work.rows.facts.prompt_tokens or 0
-            self._times[work.index] = RequestTimes(request, arrival, self.clock.now, prompt)
-            self._tell(RequestBegin(request, prompt, work.prompt_embedding()))
-        if part.begins:
-            first_row = work.blocks[work.passes[part.number]]
-            self._tell(
-                IterationBegin(
-                    request,
-                    int(work.rows.iteration[first_row]),
-                    work.phase(part.number),
-                    work.tokens(part.number),
-                    work.embedding(part.number),
-                )
+            self._times[work.index] = RequestTimes(
+                work.rows.request, arrival, self.clock.now, prompt
             )
 
     def _end(self, part: Part) -> None:
         if not part.ends:
             return
-        work, request = part.work, part.work.rows.request
-        iteration = int(work.rows.iteration[work.blocks[work.passes[part.number]]])
-        self._tell(IterationEnd(request, iteration))
-        times = self._times[work.index]
+        times = self._times[part.work.index]
         times.output_tokens += 1
         if times.first_token_ns < 0:
             times.first_token_ns = self.clock.now
-        if part.number == work.iterations - 1:
+        if part.number == part.work.iterations - 1:
             times.end_ns = self.clock.now
-            self._tell(RequestEnd(request))
 
     def _make_room_for_kv(self, step: Step) -> None:
         """Capacity is what the KV cache leaves; shared between layers in equal parts."""
@@ -442,11 +434,11 @@ class ReferenceEngine:
 
     # ---- plans -----------------------------------------------------------------------------------
 
-    def _tell(self, fact: RequestBegin | RequestEnd | IterationBegin | IterationEnd) -> None:
+    def _tell(
+        self, fact: RequestBegin | RequestEnd | IterationBegin | IterationEnd, phase: Phase
+    ) -> None:
         """Tell a fact outside a layer event and apply the answer."""
-        plan = self.answers.plan(fact)
-        phase = fact.phase if isinstance(fact, IterationBegin) else Phase.DECODE
-        self._apply(plan, phase)
+        self._apply(self.answers.plan(fact), phase)
         self.link.wake()
 
     def _on_job_done(self, job: Job) -> None:

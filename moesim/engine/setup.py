@@ -11,7 +11,7 @@ from moesim.protocol import Policy, World
 from moesim.types import ExpertId
 from moesim.workload import Scheduler
 
-ENGINES = ("auto", "fast", "reference")
+ENGINES = ("fast", "reference")
 ORDERS = ("ready", "barrier")
 
 
@@ -25,6 +25,9 @@ class Options:
     share_kv : the KV cache takes its bytes from the expert cache.
     check : audit the laws while running.
     timeline : keep what each lane did, for a trace viewer.
+    log : keep the digests of the log; the fast engine may do without.
+    quick, residents : how the fast engine works; no result depends on them. Closed forms where
+        they hold; how residents are kept (``moesim.engine.fields.Order``), or -1: as suits.
     """
 
     order: str = "ready"
@@ -33,6 +36,9 @@ class Options:
     share_kv: bool = False
     check: bool = False
     timeline: bool = False
+    log: bool = True
+    quick: bool = True
+    residents: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,90 @@
+"""Options that several commands read alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesim.errors import UsageError
+
+if TYPE_CHECKING:
+    from moesim.profile import HardwareProfile
+    from moesim.types import ExpertId
+
+
+def hardware(args: argparse.Namespace) -> HardwareProfile:
+    """``--hardware`` with ``--bandwidth`` applied."""
+    from moesim.capacity import parse_bytes
+    from moesim.profile import load_hardware
+
+    hardware = load_hardware(args.hardware)
+    if args.bandwidth is None:
+        return hardware
+    if args.bandwidth == "inf":
+        return hardware.with_bandwidth(float("inf"))
+    if not re.fullmatch(r"[0-9.]+ *[A-Za-z]+/s", args.bandwidth):
+        raise UsageError(f"--bandwidth {args.bandwidth}: write a rate such as 25GB/s, or inf")
+    rate = parse_bytes(args.bandwidth.removesuffix("/s"), "--bandwidth")
+    if not rate:
+        raise UsageError("--bandwidth 0: must be more than nothing")
+    return hardware.with_bandwidth(float(rate))
+
+
+def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
+    """(kind, experts): kind is "", "cold", "static" or "file"."""
+    if text is None or text in ("cold", "static"):
+        return text or "", ()
+    path = Path(text)
+    try:
+        experts: Any = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(
+            f"--initial {text}: {error.strerror}; write cold, static or the path of a JSON file"
+        ) from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"--initial {text}: not JSON; write a list of expert ids") from None
+    if not isinstance(experts, list) or not all(type(e) is int for e in experts):
+        raise UsageError(f"--initial {text}: must be a list of expert ids (whole numbers)")
+    if len(set(experts)) < len(experts):
+        raise UsageError(f"--initial {text}: an expert is listed twice; list each once")
+    return "file", tuple(experts)
+
+
+def words(given: list[str] | None, default: str) -> tuple[str, ...]:
+    """Repeated options and commas, in order, each once."""
+    words = [w.strip() for text in given or [default] for w in text.split(",")]
+    if not all(words):
+        raise UsageError(f"{','.join(given or [])!r} names nothing between its commas; fill it in")
+    return tuple(dict.fromkeys(words))
+
+
+def seed(text: str) -> int:
+    """An argument type."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def path(text: str) -> Path:
+    """An argument type."""
+    if not text:
+        raise argparse.ArgumentTypeError("names nothing; write a path")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    """An argument type."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return value

@@ -1,0 +1,229 @@
+"""``moesim real``: policies on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.options import hardware, initial, path, positive, seed, words
+from moesim.errors import UsageError
+
+if TYPE_CHECKING:
+    from moesim.configuration import Request
+    from moesim.real.run import RealRequest
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_EXAMPLES = """examples:
+  moesim real run --trace demo --policy lru --capacity 25% --costs olmoe-1b-7b --limit 4
+  moesim real run --trace demo --policy next-gate --bandwidth 4GB/s --out runs/
+  moesim replay --follow runs/0123456789abcdef
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the ``real`` command."""
+    parser = subparsers.add_parser(
+        "real",
+        help="run a policy on this machine",
+        description="Real execution: real copies of real bytes, under the policies of a replay.",
+    )
+    commands = parser.add_subparsers(dest="real_command", required=True, metavar="COMMAND")
+    runner = commands.add_parser(
+        "run",
+        help="run one policy, its routing forced by a trace",
+        description="Run one policy at one capacity on this machine. The trace says which experts "
+        "are needed; experts of the model's size are copied and computed. Prints a table, or with "
+        "--json the object that `moesim replay --json` prints. Needs torch "
+        "(`pip install 'moesim[real]'`).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_what(runner)
+    _add_machine(runner)
+    _add_output(runner)
+    runner.set_defaults(func=run)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
+    group.add_argument("--trace", required=True, help="a trace file, or the shipped sample `demo`")
+    group.add_argument("--policy", default="lru", metavar="NAME", help="one lossless policy [lru]")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SEAT=NAME",
+        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
+    )
+    group.add_argument(
+        "--capacity",
+        default="25%",
+        metavar="SIZE",
+        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer [25%%]",
+    )
+    group.add_argument(
+        "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")
+    group.add_argument("--batch", type=positive, default=1, help="requests in a static batch [1]")
+    group.add_argument(
+        "--chunk-tokens", type=positive, metavar="N", help="serve prefills in chunks of N tokens"
+    )
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="INPUT=HOW",
+        help="a stand-in for what the trace lacks, as in `moesim replay`",
+    )
+    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    group.add_argument(
+        "--calibration", type=path, metavar="TRACE", help="trace that static sets are fitted on"
+    )
+    group.add_argument(
+        "--initial",
+        metavar="STATE",
+        help="cold, static (loads charged), or a JSON file of expert ids (free) [by policy]",
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("cpu",), default="cpu", help="where to compute [cpu]")
+    group.add_argument(
+        "--costs", metavar="MODEL", help="experts of another model's size than the one recorded"
+    )
+    group.add_argument(
+        "--bandwidth",
+        metavar="RATE",
+        help="let copies take at least the time of such a link, e.g. 4GB/s [as fast as they go]",
+    )
+    group.add_argument(
+        "--hardware",
+        default="rtx4090",
+        metavar="NAME|FILE",
+        help="profile of the link's chunks and latency, and of what is simulated beside [rtx4090]",
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
+    group.add_argument(
+        "--ram", metavar="SIZE", help="what the banks may take, e.g. 8GB [what is free]"
+    )
+    group.add_argument(
+        "--watchdog",
+        type=_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="give up when a thread has been silent for so long [120]",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every copy with its expert, before and after it computes",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--out", type=path, metavar="DIR", help="keep the run, with its fact log, in a folder there"
+    )
+    group.add_argument(
+        "--timeline", action="store_true", help="write timeline.json for Perfetto (needs --out)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run and print; 0."""
+    from moesim.cli.progress import requests_progress
+    from moesim.cli.table import print_replay
+    from moesim.real.run import execute
+    from moesim.rehearsal import simulated
+
+    request = _request(args)
+    with requests_progress("real") as progress:
+        # The bar goes through the requests twice: run, then simulated.
+        answer = execute(request, progress, partial(simulated, progress=progress))
+    if args.json:
+        print(json.dumps(answer))
+        return 0
+    print_replay(answer)
+    _print_beside(answer["runs"][0])
+    return 0
+
+
+def _request(args: argparse.Namespace) -> RealRequest:
+    from moesim.capacity import parse_bytes
+    from moesim.real.run import RealRequest
+
+    if args.timeline and args.out is None:
+        raise UsageError("--timeline writes into the run's folder; give --out DIR too")
+    return RealRequest(
+        what=_what(args),
+        device=args.device,
+        paced=args.bandwidth is not None,
+        ram_bytes=None if args.ram is None else parse_bytes(args.ram, "--ram"),
+        threads=args.threads or 0,
+        watchdog_s=args.watchdog,
+        verify=args.verify,
+        timeline=args.timeline,
+        out=args.out,
+    )
+
+
+def _what(args: argparse.Namespace) -> Request:
+    from moesim.configuration import Request
+    from moesim.degrade import parse_allowed
+    from moesim.profile import load_model
+    from moesim.traces.samples import trace_path
+
+    kind, experts = initial(args.initial)
+    return Request(
+        trace=trace_path(args.trace),
+        hardware=hardware(args),
+        policy=_one(args.policy, "--policy"),
+        capacity=_one(args.capacity, "--capacity"),
+        settings=tuple(args.set),
+        scope=args.scope,
+        costs=None if args.costs is None else load_model(args.costs),
+        batch=args.batch,
+        chunk_tokens=args.chunk_tokens or 0,
+        initial=kind,
+        initial_experts=experts,
+        calibration=args.calibration,
+        allowed=parse_allowed(args.allow),
+        limit=args.limit,
+        seed=args.seed,
+    )
+
+
+def _one(text: str, option: str) -> str:
+    named = words([text], "")
+    if len(named) > 1:
+        raise UsageError(f"{option} {text}: a real run has one; start one run for each")
+    return named[0]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return value
+
+
+def _print_beside(run: dict[str, Any]) -> None:
+    """What the simulator says of the same run."""
+    told = run["simulated"]
+    measured, modelled = run["tpot_ns"]["mean"], told["tpot_ns"]["mean"]
+    alike = told["overlap"]["mean"]
+    tpot = "" if measured is None else f"; TPOT {modelled / 1e6:.2f} ms simulated"
+    print(
+        f"measured on this machine{tpot}; misses {told['misses']} simulated, {run['misses']} real"
+        + ("" if alike is None else f"; {alike:.1%} of the loads of an event are the same")
+    )

@@ -1,0 +1,94 @@
+"""One stream of requests, cut into blocks once, for all engines that may share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from moesim.engine.block import Block, BlockMaker
+from moesim.engine.setup import Setup
+from moesim.workload import DONE, STARVED, Idle, Step, Work
+
+BLOCK_EVENTS = 1 << 14
+"""Layer events that are prepared at once: few enough that their demand stays in a CPU's cache."""
+
+
+class Server(Protocol):
+    """What a feed drives."""
+
+    setup: Setup
+
+    @property
+    def now(self) -> int:
+        """The time in ns."""
+
+    def block_maker(self) -> BlockMaker:
+        """What cuts the workload for it."""
+
+    def serve(self, made: Block) -> None:
+        """Run a block of steps."""
+
+    def idle(self, until_ns: int) -> None:
+        """Serve nothing before a time."""
+
+    def finish(self) -> None:
+        """The run has ended."""
+
+
+class Feed:
+    """Feeds engines that ask the same of the workload. The first one's scheduler decides.
+
+    Where requests have arrival times, the next step depends on the clock: then an engine must be
+    fed alone, step by step.
+    """
+
+    def __init__(self, engines: Sequence[Server]) -> None:
+        self._engines = engines
+        self._scheduler = engines[0].setup.scheduler
+        self._maker = engines[0].block_maker()
+        self._layers = engines[0].setup.world.layers
+        self._timed = False
+        self._done = False
+
+    def offer(self, work: Work) -> None:
+        """The next request of the trace."""
+        self._timed = self._timed or work.arrival_ns is not None
+        assert not self._timed or len(self._engines) == 1
+        self._scheduler.offer(work)
+
+    def close(self) -> None:
+        """No request follows."""
+        self._scheduler.close()
+
+    def advance(self) -> bool:
+        """Run until the run is done (True) or the next request is needed (False)."""
+        while not self._done:
+            steps, verdict = self._gather()
+            if steps:
+                made = self._maker.make(steps)
+                for engine in self._engines:
+                    engine.serve(made)
+            if isinstance(verdict, Idle):
+                for engine in self._engines:
+                    engine.idle(verdict.until_ns)
+            elif verdict == STARVED:
+                return False
+            elif verdict == DONE:
+                for engine in self._engines:
+                    engine.finish()
+                self._done = True
+        return True
+
+    def _gather(self) -> tuple[list[Step], Idle | str | None]:
+        """Steps that can be prepared now."""
+        steps: list[Step] = []
+        events = 0
+        while events < BLOCK_EVENTS:
+            step = self._scheduler.next_step(self._engines[0].now)
+            if not isinstance(step, Step):
+                return steps, step
+            steps.append(step)
+            events += self._layers
+            if self._timed:
+                break
+        return steps, None

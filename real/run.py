@@ -1,0 +1,269 @@
+"""Run a policy on this machine: routing forced by a trace, experts of a profile's size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from moesim.configuration import Configuration, Request, blaming
+from moesim.errors import NotRunError, UsageError
+from moesim.factlog import FACTS, FactLog, LoggedDeeds, Watched, world_facts
+from moesim.protocol import restrict
+from moesim.real.device import KINDS, Device
+from moesim.real.lanes import Lanes
+from moesim.real.memory import Needs, fit, usable_bytes
+from moesim.real.slots import SlotLedger
+from moesim.result import RunStore, digest_of, host_facts
+from moesim.serving import Server, Setup
+from moesim.summary import summarise
+from moesim.tally import RequestTimes, Tally
+from moesim.timeline import chrome_events
+
+Progress = Callable[[int, int], None]
+"""Called with (requests served, requests in all)."""
+
+Simulate = Callable[[Configuration, Mapping[int, Set[int]]], dict[str, Any]]
+"""What a simulator says of the same configuration, beside the loads of each layer event."""
+
+
+@dataclass(frozen=True, slots=True)
+class RealRequest:
+    """What to run, and how.
+
+    what : trace, policy, capacity, profiles.
+    device : one of ``device.KINDS``.
+    paced : copies take at least the time that the profile's link takes.
+    ram_bytes : what the banks may take; None: what is free.
+    threads : that compute; 0: all cores but one, which copies.
+    watchdog_s : how long a thread may be silent with work under way.
+    verify : compare every slot with the host's expert before and after it computes.
+    out : where to keep the run; its fact log is written only then.
+    """
+
+    what: Request
+    device: str = "cpu"
+    paced: bool = False
+    ram_bytes: int | None = None
+    threads: int = 0
+    watchdog_s: float = 120.0
+    verify: bool = False
+    timeline: bool = False
+    out: Path | None = None
+
+
+class OpenDevice(Protocol):
+    """Makes a device; tests put a broken one in its place."""
+
+    def __call__(
+        self, request: RealRequest, configuration: Configuration, ledger: SlotLedger
+    ) -> Device:
+        """A device with full banks."""
+
+
+def execute(
+    request: RealRequest,
+    progress: Progress | None = None,
+    simulate: Simulate | None = None,
+    open_device: OpenDevice | None = None,
+) -> dict[str, Any]:
+    """Run one configuration on this machine; the object that ``--json`` prints.
+
+    Raises
+    ------
+    MoesimError
+        For a mistake in the request, the trace or a policy; ``ExecutionError`` for a lane that
+        died or hangs. Nothing half-written is kept, and no thread is left waiting.
+    """
+    if request.device not in KINDS:
+        raise UsageError(f"--device {request.device}: unknown; choose from {', '.join(KINDS)}")
+    return _Execution(request, progress, open_device or open_banks).run(simulate)
+
+
+def open_banks(request: RealRequest, configuration: Configuration, ledger: SlotLedger) -> Device:
+    """The device asked for, its banks sized to the RAM and filled."""
+    try:
+        from moesim.real.cpu import Cpu
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise NotRunError(
+            "not run: real execution needs torch, which is not installed; "
+            "`pip install 'moesim[real]'` installs it"
+        ) from None
+    model = configuration.model
+    sizes = model.expert_bytes_table()
+    needs = Needs(
+        slots=ledger.slots,
+        expert_bytes=int(sizes.max()),
+        experts=model.layers * model.experts,
+        dense_bytes=int(model.dense_bytes_table().max()),
+        layers=model.layers,
+        head_bytes=model.head_bytes,
+        least_buffers=model.top_k,
+    )
+    ram = usable_bytes() if request.ram_bytes is None else request.ram_bytes
+    shared = fit(needs, ram, configuration.capacity.text)
+    return Cpu(
+        model,
+        ledger,
+        needs,
+        shared,
+        threads=request.threads or max(1, (os.cpu_count() or 1) - 1),
+        seed=configuration.request.seed,
+        verify=request.verify,
+    )
+
+
+class _Execution:
+    def __init__(self, request: RealRequest, progress: Progress | None, opener: OpenDevice) -> None:
+        self.request = request
+        self.progress = progress
+        self.configuration = Configuration(request.what)
+        self.store = RunStore(request.out) if request.out else None
+        self.opener = opener
+
+    def run(self, simulate: Simulate | None) -> dict[str, Any]:
+        if self.store is None:
+            return self._run(simulate, None)
+        # Everything is written beside, and moved when it is whole.
+        beside = Path(tempfile.mkdtemp(prefix=".real-", dir=self.store.root))
+        try:
+            return self._run(simulate, beside)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _run(self, simulate: Simulate | None, beside: Path | None) -> dict[str, Any]:
+        configuration = self.configuration
+        log = FactLog(beside / FACTS) if beside else None
+        with blaming(configuration.spec):
+            policy = Watched(configuration.build(), log)
+            setup = configuration.setup(policy)
+            ledger = SlotLedger(setup.world, setup.world.top_k if policy.bypass else 0)
+            device = self.opener(self.request, configuration, ledger)
+            started = time.perf_counter()
+            try:
+                server = self._serve(setup, ledger, device, log)
+            finally:
+                device.close()
+                if log is not None:
+                    log.abandon()
+        wall_s = time.perf_counter() - started
+        summary = self._summary(server.tally, device)
+        if simulate is not None:
+            with blaming(configuration.spec):
+                summary["simulated"] = simulate(configuration, policy.loads)
+        folder = self._keep(beside, summary, server, device, wall_s) if beside else None
+        return configuration.answer({**summary, "run_dir": str(folder) if folder else None})
+
+    def _serve(
+        self, setup: Setup, ledger: SlotLedger, device: Device, log: FactLog | None
+    ) -> Server:
+        """The run itself."""
+        costs, request = setup.costs, self.request
+        if log is not None:
+            log.header(world=world_facts(restrict(setup.world, setup.policy.needs)))
+        with Lanes(
+            device,
+            ledger,
+            costs,
+            paced=request.paced,
+            watchdog_s=request.watchdog_s,
+            workers=min(costs.hardware.host.workers, os.cpu_count() or 1),
+        ) as lanes:
+            server = Server(
+                setup,
+                lanes,
+                ledger,
+                deeds=None if log is None else LoggedDeeds(log),
+                heard=(lambda report: None) if log is None else log.heard,
+                timeline=request.timeline,
+            )
+            self._feed(server, log)
+        if log is not None:
+            log.close()
+        return server
+
+    def _feed(self, server: Server, log: FactLog | None) -> None:
+        """Request by request; the clock stands still while the next is read."""
+        total = self.configuration.requests
+        for count, work in enumerate(self.configuration.works()):
+            server.offer(work)
+            server.advance()
+            if log is not None:
+                log.flush()
+            if self.progress is not None:
+                self.progress(count + 1, total)
+        server.close()
+        server.advance()
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def _summary(self, tally: Tally, device: Device) -> dict[str, Any]:
+        summary = summarise(tally)
+        moved = summary["bytes_loaded"] + summary["initial_bytes"]
+        busy_ns = summary["link_busy_ns"]
+        return {
+            **self.configuration.facts(),
+            "engine": "real",
+            "measured": True,
+            "device": device.manifest(),
+            "paced": self.request.paced,
+            "link_bytes_per_s": moved * 1e9 / busy_ns if busy_ns else None,
+            **summary,
+        }
+
+    def _keep(
+        self,
+        beside: Path,
+        summary: Mapping[str, Any],
+        server: Server,
+        device: Device,
+        wall_s: float,
+    ) -> Path:
+        """Write the run's folder; every repeat has its own."""
+        assert self.store is not None
+        manifest = {
+            **self.configuration.manifest(),
+            "engine": "real",
+            "device": device.manifest(),
+            "paced": self.request.paced,
+            "repeat": 0,
+        }
+        while self.store.path(_run_id(manifest)).exists():
+            manifest["repeat"] += 1
+        run_id = _run_id(manifest)
+        spans = server.spans
+        folder = RunStore(beside).write(
+            run_id,
+            manifest,
+            summary,
+            [_request_row(times) for times in server.tally.requests],
+            None if spans is None else chrome_events(spans, self.configuration.meta.experts),
+            {**host_facts(wall_s), **device.facts(), **self._paths()},
+        )
+        (beside / FACTS).rename(folder / FACTS)
+        return folder.rename(self.store.path(run_id))
+
+    def _paths(self) -> dict[str, Any]:
+        what = self.request.what
+        calibration = what.calibration
+        return {
+            "trace_path": str(what.trace.resolve()),
+            "calibration_path": str(calibration.resolve()) if calibration else None,
+        }
+
+
+def _run_id(manifest: Mapping[str, Any]) -> str:
+    return digest_of(manifest)[:16]
+
+
+def _request_row(times: RequestTimes) -> dict[str, Any]:
+    names = ("request", "arrival_ns", "begin_ns", "first_token_ns", "end_ns", "ttft_ns", "tpot_ns")
+    more = ("prompt_tokens", "output_tokens", "stall_ns", "misses")
+    return {name: getattr(times, name) for name in (*names, *more)}
