@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
 
+import numpy as np
+
 from moesim.errors import ProfileError
 from moesim.profile import (
     Constant,
@@ -23,6 +25,7 @@ from moesim.profile import (
     Roofline,
     Table,
 )
+from moesim.types import IntArray
 
 _NS = 10**9
 _LONGEST = 2**62
@@ -107,6 +110,20 @@ class Costs:
         self._expert_bytes: list[list[int]] = [
             model.expert_bytes_table(i).tolist() for i in range(len(model.precisions))
         ]
+
+    @property
+    def alike(self) -> IntArray:
+        """int64 [layers]: for each layer the first one whose every cost is the same."""
+        facts = zip(
+            self._dense_bytes,
+            self._dense_flops,
+            self._kv_bytes,
+            self._kv_window,
+            *self._expert_bytes,
+            strict=True,
+        )
+        first: dict[tuple[int, ...], int] = {}
+        return np.array([first.setdefault(f, layer) for layer, f in enumerate(facts)], np.int64)
 
     def load_ns(self, nbytes: int) -> int:
         """Time of one whole transfer, alone on the link: latency + ceil(bytes / bandwidth).

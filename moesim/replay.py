@@ -72,21 +72,14 @@ class Request:
     limit: int | None = None
     seed: int = 0
     ladder: bool = False
-    engine: str = "auto"
-    """"fast", "reference", or "auto": fast for policies made of built-in seats."""
+    engine: str = "fast"
+    """"fast" or "reference"."""
     out: Path | None = None
     batch_rows: int = 65536
 
 
-class Engine(Protocol):
-    """What a replay drives; both engines give the same answers."""
-
-    tally: Tally
-    spans: list[tuple[str, int, int, int]] | None
-
-    @property
-    def policy(self) -> Policy:
-        """The policy that it runs."""
+class Fed(Protocol):
+    """What takes the requests of a trace, one after the other."""
 
     def offer(self, work: Work) -> None:
         """The next request of the trace."""
@@ -96,6 +89,17 @@ class Engine(Protocol):
 
     def advance(self) -> bool:
         """Run until the run is done (True) or the next request is needed (False)."""
+
+
+class Engine(Fed, Protocol):
+    """What a replay drives; both engines give the same answers."""
+
+    tally: Tally
+    spans: list[tuple[str, int, int, int]] | None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that it runs."""
 
 
 Progress = Callable[[int, int], None]
@@ -117,6 +121,15 @@ class _Run:
     rung: str = ""
     owner: _Replay | None = None
     """Whose request it follows: a rung of the ladder has one of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """What is fed: one engine, or several that share their blocks."""
+
+    spec: PolicySpec
+    inputs: Inputs
+    fed: Fed
 
 
 def replay(request: Request, progress: Progress | None = None) -> dict[str, Any]:
@@ -194,7 +207,7 @@ class _Replay:
         ]
 
     def _configure(self, spec: PolicySpec, capacity: Capacity, inputs: Inputs) -> _Run:
-        name = self._engine_name(spec)
+        name = self.request.engine
         manifest = self._manifest(spec, capacity, name)
         run = _Run(spec, capacity, inputs, manifest, digest_of(manifest)[:16], name)
         # What a policy from outside imports may have changed unseen, so it always runs afresh.
@@ -204,20 +217,6 @@ class _Replay:
         if run.summary is None:
             run.engine = _engine(name, self._setup(run))
         return run
-
-    def _engine_name(self, spec: PolicySpec) -> str:
-        """Which engine runs a policy. The fast one is not even imported for the reference."""
-        if self.request.engine == "reference":
-            return "reference"
-        from moesim.engine.fast import compiled
-
-        if compiled(spec.build()):
-            return "fast"
-        if self.request.engine == "auto":
-            return "reference"
-        raise UsageError(
-            f"--engine fast: {spec.name} is not made of built-in seats; use --engine reference"
-        )
 
     def _rungs(self) -> list[_Run]:
         """The runs that the oracle ladder compares with."""
@@ -336,20 +335,37 @@ class _Replay:
         total = min(self.meta.requests, self.request.limit or self.meta.requests)
         if not runs:
             return
+        drivers = self._drivers(runs)
         for count, works in enumerate(self._works(kinds)):
-            for run in runs:
-                assert run.engine is not None
-                with _blaming(run.spec):
-                    run.engine.offer(replace(works[kinds.index(run.inputs)]))
-                    run.engine.advance()
+            for driver in drivers:
+                with _blaming(driver.spec):
+                    driver.fed.offer(replace(works[kinds.index(driver.inputs)]))
+                    driver.fed.advance()
             if progress is not None:
                 progress(count + 1, total)
-        for run in runs:
-            assert run.engine is not None
-            with _blaming(run.spec):
-                run.engine.close()
-                while not run.engine.advance():
+        for driver in drivers:
+            with _blaming(driver.spec):
+                driver.fed.close()
+                while not driver.fed.advance():
                     pass
+
+    def _drivers(self, runs: Sequence[_Run]) -> list[_Driver]:
+        """Engines that may share their blocks are fed as one."""
+        if self.request.engine == "reference":
+            return [_Driver(run.spec, run.inputs, _made(run)) for run in runs]
+        from moesim.engine.fast import FastEngine
+        from moesim.engine.feed import Feed
+
+        groups: dict[object, list[tuple[_Run, FastEngine]]] = {}
+        for number, run in enumerate(runs):
+            engine = _made(run)
+            assert isinstance(engine, FastEngine)
+            shared = None if self.request.arrivals == "recorded" else engine.shared_with
+            groups.setdefault((run.inputs, shared or number), []).append((run, engine))
+        return [
+            _Driver(group[0][0].spec, group[0][0].inputs, Feed([engine for _, engine in group]))
+            for group in groups.values()
+        ]
 
     def _steps(self) -> Iterator[Step]:
         # How often an expert is used is asked for with arrivals too; then as if all were there.
@@ -359,8 +375,28 @@ class _Replay:
     def future(self) -> KnownFuture:
         """The demand of the whole run, from a pass without a clock."""
         if self._future is None:
-            self._future = KnownFuture(self._demands(), self.meta.layers * self.meta.experts)
+            size = self.meta.layers * self.meta.experts
+            if self.request.engine == "reference":
+                self._future = KnownFuture(self._demands(), size)
+            else:
+                from moesim.engine.future import foresee
+
+                self._future = foresee(self._steps(), self._cutter(), size)
         return self._future
+
+    def uses(self) -> IntArray:
+        """How many layer events of the run demand each expert."""
+        if self._future is not None or self.request.engine == "reference":
+            return self.future().counts
+        from moesim.engine.future import uses
+
+        return uses(self._steps(), self._cutter(), self.meta.layers * self.meta.experts)
+
+    def _cutter(self) -> Any:
+        from moesim.engine.block import BlockMaker
+
+        flat = self.request.options.flat
+        return BlockMaker(self.costs, self.meta.experts, flat=flat, distance=0, width=0, cpu=False)
 
     def _demands(self) -> Iterator[IntArray]:
         cut = flat_events if self.request.options.flat else layer_events
@@ -374,7 +410,7 @@ class _Replay:
         """Uses of each expert: on ``--calibration``, or in hindsight on the trace itself."""
         if self._calibration is None:
             path = self.request.calibration
-            self._calibration = self.future().counts if path is None else self._counted(path)
+            self._calibration = self.uses() if path is None else self._counted(path)
         return self._calibration
 
     def _counted(self, path: Path) -> IntArray:
@@ -385,7 +421,7 @@ class _Replay:
                 f"trace {self.meta.layers} of {self.meta.experts}; use a trace of the same model"
             )
         other = replace(self.request, trace=path, limit=None, arrivals="back-to-back")
-        return _Replay(other).future().counts
+        return _Replay(other).uses()
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -493,6 +529,11 @@ def _engine(name: str, setup: Setup) -> Engine:
     from moesim.engine.fast import FastEngine
 
     return FastEngine(setup)
+
+
+def _made(run: _Run) -> Engine:
+    assert run.engine is not None
+    return run.engine
 
 
 def _meta(path: Path) -> TraceMeta:

@@ -536,7 +536,7 @@ def timeless_steps(works: Iterable[Work], scheduler: Scheduler) -> Iterator[Step
 
 
 class KnownFuture:
-    """The demand of a whole run, as oracles may see it. 12 bytes an access."""
+    """The demand of a whole run, as oracles may see it."""
 
     def __init__(self, demands: Iterable[IntArray], size: int) -> None:
         pieces = [d.astype(np.int32) for d in demands]
@@ -555,6 +555,21 @@ class KnownFuture:
         heads = np.concatenate(([True], ~same)) if len(ids) else np.empty(0, bool)
         self._first[ids[heads]] = when[heads]
         self._counts = np.bincount(self._ids, minlength=size).astype(np.int64)
+
+    @classmethod
+    def of_table(
+        cls,
+        offsets: IntArray,
+        ids: AnyArray,
+        following: IntArray,
+        first_use: IntArray,
+        counts: IntArray,
+    ) -> KnownFuture:
+        """The same from what ``table`` gives, first uses and counts, which may lie in files."""
+        made = cls.__new__(cls)
+        made._offsets, made._ids, made._next = offsets, ids, following
+        made._first, made._counts = first_use, counts
+        return made
 
     @property
     def first_use(self) -> IntArray:

@@ -21,10 +21,12 @@ MOST = (1 << 62 - STAMP_BITS) - 1
 
 def count(score: IntArray, counts: IntArray, clock: IntArray, experts: IntArray) -> None:
     """Kernel: one use of each expert, in order."""
+    now = clock[0]
     for expert in experts:
-        clock[0] += 1
+        now += 1
         counts[expert] = min(counts[expert] + 1, MOST)
-        score[expert] = (counts[expert] << STAMP_BITS) | clock[0]
+        score[expert] = (counts[expert] << STAMP_BITS) | now
+    clock[0] = now
 
 
 def stamp(score: IntArray, counts: IntArray, clock: IntArray, experts: IntArray) -> None:

@@ -18,9 +18,11 @@ from moesim.types import ExpertId, Gate, IntArray
 
 def touch(score: IntArray, clock: IntArray, experts: IntArray) -> None:
     """Kernel: stamp experts in order. ``clock`` is int64 [1]."""
+    now = clock[0]
     for expert in experts:
-        clock[0] += 1
-        score[expert] = clock[0]
+        now += 1
+        score[expert] = now
+    clock[0] = now
 
 
 @dataclass

@@ -130,29 +130,31 @@ class _Execution:
 
     def run(self, simulate: Simulate | None) -> dict[str, Any]:
         if self.store is None:
-            return self._run(simulate, None)
+            return self._run(simulate, None, None)
         # Everything is written beside, and moved when it is whole.
         beside = Path(tempfile.mkdtemp(prefix=".real-", dir=self.store.root))
+        log = FactLog(beside / FACTS)
         try:
-            return self._run(simulate, beside)
+            return self._run(simulate, beside, log)
         finally:
+            log.abandon()
             shutil.rmtree(beside, ignore_errors=True)
 
-    def _run(self, simulate: Simulate | None, beside: Path | None) -> dict[str, Any]:
+    def _run(
+        self, simulate: Simulate | None, beside: Path | None, log: FactLog | None
+    ) -> dict[str, Any]:
         configuration = self.configuration
-        log = FactLog(beside / FACTS) if beside else None
         with blaming(configuration.spec):
             policy = Watched(configuration.build(), log)
             setup = configuration.setup(policy)
-            ledger = SlotLedger(setup.world, setup.world.top_k if policy.bypass else 0)
-            device = self.opener(self.request, configuration, ledger)
-            started = time.perf_counter()
-            try:
+        ledger = SlotLedger(setup.world, setup.world.top_k if policy.bypass else 0)
+        device = self.opener(self.request, configuration, ledger)
+        started = time.perf_counter()
+        try:
+            with blaming(configuration.spec):
                 server = self._serve(setup, ledger, device, log)
-            finally:
-                device.close()
-                if log is not None:
-                    log.abandon()
+        finally:
+            device.close()
         wall_s = time.perf_counter() - started
         summary = self._summary(server.tally, device)
         if simulate is not None:

@@ -145,7 +145,7 @@ def test_defaults_are_those_promised(tiny: Path, answer: Answer) -> None:
     bare = answer("replay", "--trace", tiny, "--policy", "lru")
     told = answer(
         *("replay", "--trace", tiny, "--policy", "lru", "--capacity", "25%"),
-        *("--scope", "global", "--hardware", "rtx4090", "--engine", "auto"),
+        *("--scope", "global", "--hardware", "rtx4090", "--engine", "fast"),
     )
     assert bare == told
     assert bare["hardware"] == "rtx4090"

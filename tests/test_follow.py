@@ -141,11 +141,16 @@ def test_law_c_every_answer_and_every_load_again(
 @pytest.mark.parametrize("cancel", ["true", "false"])
 def test_law_c_with_late_overtaken_and_waves(tmp_path: Path, cancel: str) -> None:
     """The same, where it is known that loads come late, are overtaken, and events go in waves."""
-    seen = Counter[str]()
-    for number in range(4):
+    seen = Counter(dict.fromkeys(("late", "overtaken", "waves"), 0))
+    number = 0
+    # A loaded machine may deliver in time; then once more.
+    while number < 3 or (min(seen.values()) == 0 and number < 30):
+        number += 1
         case = enlarged(mixed_case(np.random.default_rng(number)))
         hardware = machine(latency_ns=1_500_000, bytes_per_s=1e9, chunk_bytes=32)
-        case = replace(case, hardware=hardware, batch=3, capacity_bytes=(4 * 96 + number * 192,))
+        case = replace(
+            case, hardware=hardware, batch=3, capacity_bytes=((4 + 2 * (number % 4)) * 96,)
+        )
         folder = tmp_path / str(number)
         folder.mkdir()
         sets = ("prefetch=next-gate", f"prefetch.cancel={cancel}")
@@ -155,7 +160,7 @@ def test_law_c_with_late_overtaken_and_waves(tmp_path: Path, cancel: str) -> Non
         seen["waves"] += told["overflows"]
         assert refeed(run) > 0
         assert follow(run)["loads"] == told["loads"]
-    assert min(seen[what] for what in ("late", "overtaken", "waves")) > 0
+    assert min(seen.values()) > 0, seen
 
 
 class Restless(PlainPolicy):

@@ -255,23 +255,24 @@ def test_a_lossy_policy_is_refused_by_name(tmp_path: Path) -> None:
 
 
 HANGS = """
-import time
+import os, pathlib, time
 from moesim.policy import PlainPolicy
 from moesim.types import Gate, Plan
 
 class InOn(PlainPolicy):
     def on(self, fact, cache):
         while isinstance(fact, Gate) and fact.event == 5:
-            pass
+            pathlib.Path(os.environ["READY"]).touch()
         return Plan()
 
 class InScores(PlainPolicy):
     def scores(self, experts, event):
+        pathlib.Path(os.environ["READY"]).touch()
         time.sleep(600)
 """
 
 HUNG_COPY = """
-import threading
+import os, pathlib, threading
 from moesim.cli import program
 from moesim.real import run
 
@@ -281,6 +282,7 @@ class Hung:
     def __getattr__(self, name):
         return getattr(self.inner, name)
     def copy(self, *args):
+        pathlib.Path(os.environ["READY"]).touch()
         threading.Event().wait()
 
 banks = run.open_banks
@@ -305,21 +307,21 @@ def test_ctrl_c_ends_what_never_returns(
     (folder / "hangs.py").write_text(HANGS)
     profile = folder / "tiny.toml"
     profile.write_text(SMALL)
-    out = folder / "runs"
+    out, ready = folder / "runs", folder / "ready"
     how, *policy = start[:-1], start[-1]
     command = [*how, "real", "run", "--trace", "demo", *policy, "--limit", "1"]
     with subprocess.Popen(
         [sys.executable, *command, "--costs", str(profile), "--out", str(out)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))},
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "READY": str(ready)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         try:
-            _await(lambda: bool(list(out.glob(".real-*/facts*"))), process)
-            time.sleep(1.5)
+            _await(ready.exists, process)
+            time.sleep(0.2)
             pressed = time.monotonic()
             process.send_signal(signal.SIGINT)
             printed, err = process.communicate(timeout=30)

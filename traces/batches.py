@@ -14,7 +14,7 @@ import transformers
 
 from moesim.errors import TraceError
 from moesim.traces.gate_taps import Forwards, GateTaps, Wanted
-from moesim.traces.gates import Gates, is_encoder_decoder
+from moesim.traces.gates import Gates, input_device, is_encoder_decoder
 from moesim.traces.reader import Halves, Int32s, RequestFacts, RequestRows
 from moesim.traces.record_model import Loaded
 from moesim.traces.record_rows import Batch, Pass, RanSequence, request_rows
@@ -126,7 +126,7 @@ class BatchRecorder:
             length = len(one.tokens)
             at = slice(0, length) if self._has_encoder else slice(width - length, width)
             ids[row, at], mask[row, at] = one.tokens, 1
-        device = self._model.device
+        device = input_device(self._model)
         return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
     @property
@@ -198,7 +198,7 @@ class BatchRecorder:
         fed = output[:-1] if self._embeddings == "iteration" else output[:0]
         tokens = np.concatenate((one.tokens, fed)).astype(np.int64)
         with torch.no_grad():
-            ids = torch.from_numpy(tokens).to(self._model.device)[None]
+            ids = torch.from_numpy(tokens).to(input_device(self._model))[None]
             table = self._model.get_input_embeddings()(ids)[0].float().cpu().numpy()
         prompt, rest = table[: len(one.tokens)], table[len(one.tokens) :]
         mean = prompt.mean(axis=0, dtype=np.float64).astype(np.float16)

@@ -24,7 +24,7 @@ from moesim.traces.demo_train import router_logits
 
 Floats = npt.NDArray[np.float64]
 
-ROWS: Final = 64
+ROWS: Final = 48
 LENGTH: Final = 256
 """Held-out windows of each topic, and their tokens."""
 _BATCH_ROWS: Final = 16

@@ -84,8 +84,7 @@ class Gates:
 
     layers: tuple[GateLayer, ...]
     cache: Any
-    """The key-value cache after the pass over `cache_tokens` tokens; None if there is none."""
-    cache_tokens: int
+    """The key-value cache after a pass over a few tokens; None if there is none."""
 
     @property
     def stacks(self) -> dict[str, tuple[GateLayer, ...]]:
@@ -114,7 +113,7 @@ class Gates:
 
 
 @dataclass(slots=True, eq=False)
-class _Block:
+class Block:
     """A module with experts and a router beside them."""
 
     name: str
@@ -128,7 +127,7 @@ class _Block:
 class _Call:
     """What one layer's calls carried in the calibrating pass."""
 
-    block: _Block
+    block: Block
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: Any
@@ -158,7 +157,7 @@ def find_gates(model: Module, tokens: Sequence[int]) -> Gates:
     Raises `UsageError` naming the class for a model that is not MoE or routes in a way that is not
     understood.
     """
-    blocks = list(_blocks(model))
+    blocks = list(find_blocks(model))
     if not blocks:
         raise UsageError(
             f"{type(model).__name__} is not a Mixture-of-Experts model that can be recorded: no "
@@ -167,14 +166,15 @@ def find_gates(model: Module, tokens: Sequence[int]) -> Gates:
     calls, cache = _calibrate(model, blocks, tokens)
     if not calls:
         raise UsageError(f"{type(model).__name__}: no router ran; it cannot be recorded")
-    encoder = _encoder_modules(model)
+    encoder = encoder_modules(model)
     layers = [_read_call(model, call, encoder) for call in calls]
     layers.sort(key=lambda layer: layer.stack == "decoder")
     _refuse_uneven(model, layers)
-    return Gates(tuple(layers), cache, PROBE_TOKENS)
+    return Gates(tuple(layers), cache)
 
 
-def _blocks(model: Module) -> Iterator[_Block]:
+def find_blocks(model: Module) -> Iterator[Block]:
+    """Yield every module that has experts and a router beside them, run or not."""
     for name, module in model.named_modules():
         children = dict(module.named_children())
         experts = children.get("experts") or next(
@@ -188,7 +188,7 @@ def _blocks(model: Module) -> Iterator[_Block]:
             continue
         count = _count(experts, router, module)
         if count is not None:
-            yield _Block(name, module, router, experts, count)
+            yield Block(name, module, router, experts, count)
 
 
 def _count(*modules: Module) -> int | None:
@@ -209,20 +209,26 @@ def is_encoder_decoder(model: Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _encoder_modules(model: Module) -> set[int]:
+def input_device(model: Module) -> Any:
+    """Return where token ids go; a part that lies elsewhere fetches them itself."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def encoder_modules(model: Module) -> set[int]:
+    """Return the ids of all modules of the encoder; none without one."""
     if not is_encoder_decoder(model):
         return set()
     return {id(module) for module in model.get_encoder().modules()}
 
 
 def _calibrate(
-    model: Module, blocks: list[_Block], tokens: Sequence[int]
+    model: Module, blocks: list[Block], tokens: Sequence[int]
 ) -> tuple[list[_Call], Any]:
     """Run a few tokens through the model; return the calls in order, and the cache."""
     calls: dict[int, _Call] = {}
     handles = [handle for block in blocks for handle in _calibrating_hooks(block, calls)]
     repeats = -(-PROBE_TOKENS // max(1, len(tokens)))
-    ids = torch.tensor([(list(tokens) * repeats)[:PROBE_TOKENS]], device=model.device)
+    ids = torch.tensor([(list(tokens) * repeats)[:PROBE_TOKENS]], device=input_device(model))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     try:
         with torch.no_grad():
@@ -239,7 +245,7 @@ def _calibrate(
     return list(calls.values()), getattr(out, "past_key_values", None)
 
 
-def _calibrating_hooks(block: _Block, calls: dict[int, _Call]) -> Iterator[Any]:
+def _calibrating_hooks(block: Block, calls: dict[int, _Call]) -> Iterator[Any]:
     # The router may be entered before its linear child is seen to belong to a call.
     linear: dict[str, Any] = {}
 

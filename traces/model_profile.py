@@ -74,7 +74,7 @@ def model_profile(loaded: Loaded, gates: Gates) -> ModelProfile:
 
 
 def expert_norms(gates: Gates) -> tuple[tuple[float, ...], ...] | None:
-    """Return the Frobenius norm of all weights of each expert, [layers][experts].
+    """Return the Frobenius norm of all matrices of each expert, [layers][experts].
 
     None if some weights are not in memory (on the meta device) or no numbers (quantised).
     """
@@ -133,11 +133,13 @@ def _weights_by_expert(layer: GateLayer) -> Iterator[tuple[int, Tensor]]:
     if not _fused(layer):
         for expert, module in enumerate(layer.experts.children()):
             for weight in module.parameters():
-                yield expert, weight
+                if weight.dim() >= 2:
+                    yield expert, weight
         return
-    for weight in layer.experts.parameters():
-        # Some families stack the experts' rows in one matrix.
-        yield from enumerate(weight.reshape(layer.count, -1))
+    for name, weight in layer.experts.named_parameters():
+        if "bias" not in name:
+            # Some families stack the experts' rows in one matrix.
+            yield from enumerate(weight.reshape(layer.count, -1))
 
 
 def _shared_experts(layer: GateLayer, config: Any) -> int:

@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -142,12 +142,21 @@ class Parts:
                 "--resume"
             ) from None
 
-    def merge(self, meta: TraceMeta, requests: Iterable[int]) -> TraceMeta:
-        """Write the trace from the parts of these requests, then delete the folder."""
+    def merge(
+        self,
+        meta: TraceMeta,
+        requests: Sequence[int],
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> TraceMeta:
+        """Write the trace from the parts of these requests, then delete the folder.
+
+        `progress` is called with (requests written, requests in all). Memory holds one row group.
+        """
         try:
             with TraceWriter(self.trace, meta) as writer:
-                for request in sorted(requests):
+                for done, request in enumerate(sorted(requests), 1):
                     writer.write_request(self.read(request))
+                    progress(done, len(requests))
         except UsageError as error:
             raise UsageError(
                 f"{error}; the finished requests are kept in {self.folder}, --resume goes on"

@@ -67,7 +67,7 @@ def open_prompts(
     elif path.exists() or path.suffix in ENDINGS or source.startswith((".", "/", "~")):
         raise UsageError(f"--prompts {source}: no such file; give a file, a dataset or {BUILT_IN}")
     else:
-        name, records, total = source, _dataset_records(source), None
+        name, records, total = source, dataset_records(source), None
     if limit is not None:
         total = limit if total is None else min(limit, total)
 
@@ -246,7 +246,7 @@ def _text_lines(path: Path) -> Iterator[Any]:
 # ---- datasets ------------------------------------------------------------------------------------
 
 
-def _dataset_records(source: str) -> Callable[[], Iterator[Any]]:
+def dataset_records(source: str) -> Callable[[], Iterator[Any]]:
     """Open NAME[@CONFIG][:SPLIT] for streaming."""
     rest, _, split = source.partition(":")
     name, _, config = rest.partition("@")

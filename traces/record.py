@@ -95,6 +95,9 @@ class Watch(Protocol):
     def tokens(self, count: int) -> None:
         """Take how many tokens went through the model, padding included."""
 
+    def merged(self, done: int, total: int) -> None:
+        """Take how many finished requests are in the trace."""
+
     def say(self, line: str) -> None:
         """Take a line that the user should see."""
 
@@ -106,6 +109,9 @@ class Silence:
         """Ignore it."""
 
     def tokens(self, count: int) -> None:
+        """Ignore it."""
+
+    def merged(self, done: int, total: int) -> None:
         """Ignore it."""
 
     def say(self, line: str) -> None:
@@ -192,7 +198,7 @@ class _Session:
                     self._record(recorder, parts, batch)
             if not self._requests:
                 raise UsageError(f"--prompts {self._options.prompts}: no prompt fits the model")
-            return parts.merge(meta, self._requests)
+            return parts.merge(meta, self._requests, self._watch.merged)
 
     def _found(self, first: Prompt) -> Gates:
         try:

@@ -54,7 +54,7 @@ class Loaded:
         """Name of what it runs on."""
         kinds = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
         if not kinds:
-            return str(self.model.device.type)
+            return "cpu"
         names = sorted(torch.cuda.get_device_name(device) for device in kinds)
         return names[0] if len(names) == 1 else f"{len(names)} x {names[0]}"
 

@@ -270,10 +270,20 @@ class _Lines(_Rate):
     def tokens(self, count: int) -> None:
         """Take how many tokens went through the model."""
         super().tokens(count)
-        now = time.monotonic()
-        if now - self._told >= self.every_s:
-            self._told = now
+        if self._is_time():
             self.show(f"recording: {self.in_words()}")
+
+    def merged(self, done: int, total: int) -> None:
+        """Take how many finished requests are in the trace."""
+        if self._is_time():
+            self.show(f"writing: {done}/{total} requests")
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now - self._told < self.every_s:
+            return False
+        self._told = now
+        return True
 
     def show(self, line: str) -> None:
         """Show how far it is."""

@@ -152,10 +152,9 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--check", action="store_true", help="audit the laws while running")
     group.add_argument(
         "--engine",
-        choices=("auto", "fast", "reference"),
-        default="auto",
-        help="compiled, or written to be read; both give the same answers [auto: fast where the "
-        "policy is made of built-in seats]",
+        choices=("fast", "reference"),
+        default="fast",
+        help="compiled, or written to be read; both give the same answers [fast]",
     )
 
 

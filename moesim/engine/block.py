@@ -37,6 +37,8 @@ class Block:
     steps: Sequence[Step]
     events: IntArray
     demand: IntArray
+    ids: AnyArray
+    """Its experts once more, uint32."""
     table: IntArray
     said: IntArray
     """Predictions, local ids; ``events`` says which are whose."""
@@ -68,6 +70,7 @@ class BlockMaker:
         self._future = future
         self._asked = asked
         self._dense: dict[int, int] = {}
+        self._alike = costs.alike
         self._accesses = 0
 
     def make(self, steps: Sequence[Step]) -> Block:
@@ -101,6 +104,7 @@ class BlockMaker:
             )
         else:
             events[:, E.PLAN], events[:, E.PLANS] = of_row[:-1], np.diff(of_row)
+        events[:, E.MIXED] = _mixed(events, demand[D.PHASE])
         self._add_costs(demand)
         if self._future is not None:
             _, _, following = self._future.table
@@ -108,13 +112,32 @@ class BlockMaker:
             demand[D.NEXT_USE] = following[self._accesses : last]
         self._accesses += demand.shape[1]
         sources = _sources(rows, experts, starts, row) if self._asked else None
-        return Block(steps, events, demand, self._steps(steps, counts), said, sources)
+        ids = demand[D.EXPERT].astype(np.uint32)
+        table = self._steps(steps, counts)
+        return Block(steps, events, demand, ids, table, said, sources)
+
+    def demand(self, steps: Sequence[Step]) -> tuple[AnyArray, IntArray]:
+        """Expert ids, int32 [accesses], of these steps, and how many each layer event demands."""
+        rows = _Rows(steps, asked=False)
+        experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
+        phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
+        starts = np.append(rows.starts, len(experts))
+        if self._flat:
+            kept = experts.reshape(-1) != DROPPED
+            layer = np.repeat(rows.layers, np.diff(starts) * experts.shape[1])
+            ids = (experts.reshape(-1) + layer * self._experts)[kept]
+            return ids.astype(np.int32), np.ones(len(ids), np.int64)
+        ids, _, _, ends = _unite(experts, starts, phases, self._experts)
+        lengths = np.diff(ends)
+        whole = ids + np.repeat(rows.layers, lengths) * self._experts
+        return whole.astype(np.int32), lengths
 
     def _dense_ns(self, rows: _Rows) -> IntArray:
         _refuse_too_many("tokens", rows.tokens, TOKEN_BITS)
         _refuse_too_many("cached positions", rows.contexts, CONTEXT_BITS)
         _refuse_too_many("layers", rows.layers, LAYER_BITS)
-        packed = (rows.tokens << CONTEXT_BITS | rows.contexts) << LAYER_BITS | rows.layers
+        alike = self._alike[rows.layers]
+        packed = (rows.tokens << CONTEXT_BITS | rows.contexts) << LAYER_BITS | alike
         kinds, which = _kinds(packed)
         known = self._dense
         for kind in kinds:
@@ -126,8 +149,8 @@ class BlockMaker:
         return found
 
     def _add_costs(self, demand: IntArray) -> None:
-        layer = demand[D.EXPERT] // self._experts
-        packed = demand[D.TOKENS] << LAYER_BITS | layer
+        alike = np.repeat(self._alike, self._experts)[demand[D.EXPERT]]
+        packed = demand[D.TOKENS] << LAYER_BITS | alike
         kinds, which = _kinds(packed)
         pairs = [divmod(kind, 1 << LAYER_BITS) for kind in kinds]
         ns = np.array([self._costs.expert_ns(*pair) for pair in pairs], np.int64)
@@ -293,7 +316,7 @@ def _unite_rows(experts: Any, starts: Any, phases: Any, size: int) -> Any:
 _unite = entry(_unite_rows, allocates=True)
 
 
-def calls() -> list[tuple[Any, Any]]:
+def load_block_functions() -> list[tuple[Any, Any]]:
     """What Python calls here, and the types that it calls it with."""
     experts, starts = numba.uint16[:, ::1], numba.int64[::1]
     return [(_unite, (experts, starts, numba.uint8[::1], numba.int64))]
@@ -325,6 +348,17 @@ def _flatten(
     demand[D.PHASE] = phases[row]
     steps = np.repeat(np.arange(len(counts)), counts)
     return flat, demand, np.bincount(steps[of_event], minlength=len(counts)), kept
+
+
+def _mixed(events: IntArray, phases: IntArray) -> AnyArray:
+    """Whether an event's accesses are of both phases."""
+    if not len(phases) or phases.min() == phases.max():
+        return np.zeros(len(events), bool)
+    decoding = np.concatenate(([0], np.cumsum(phases)))
+    first, count = events[:, E.FIRST], events[:, E.COUNT]
+    inside = decoding[first + count] - decoding[first]
+    mixed: AnyArray = (inside > 0) & (inside < count)
+    return mixed
 
 
 def _kinds(packed: IntArray) -> tuple[list[int], IntArray]:

@@ -14,9 +14,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-from moesim.engine import block, kernel
+from moesim.engine import kernel
 from moesim.engine.asked import Asked
-from moesim.engine.block import Block, BlockMaker
+from moesim.engine.block import Block, BlockMaker, load_block_functions
 from moesim.engine.clock import TOO_LONG
 from moesim.engine.compiled import load
 from moesim.engine.feed import Feed
@@ -134,7 +134,7 @@ class FastEngine:
         self._asked = None if self._seats else Asked(setup, self._machine)
         if self._asked is not None:
             self._machine.s[O.HOST] = self._asked.address
-        load(*kernel.calls(self._machine), *block.calls())
+        load(*kernel.calls(self._machine), *load_block_functions())
         self._times: dict[int, RequestTimes] = {}
         self._fill()
         self._feed: Feed | None = None
@@ -176,6 +176,20 @@ class FastEngine:
         )
 
     @property
+    def shared_with(self) -> tuple[object, ...] | None:
+        """Engines for which this is equal may be fed the same blocks; None: only this one."""
+        if self._seats is None:
+            return None
+        prefetch = self._seats.prefetch
+        reads = Needs.AHEAD in prefetch.needs
+        return (
+            self.setup.options.flat,
+            (getattr(prefetch, "distance", 1), getattr(prefetch, "width", 0)) if reads else None,
+            isinstance(self._seats.miss, Fetch),
+            id(self.future),
+        )
+
+    @property
     def now(self) -> int:
         """The time in ns."""
         return int(self._machine.s[S.NOW])
@@ -187,7 +201,9 @@ class FastEngine:
         table = made.table.copy()
         if self.setup.options.share_kv:
             table[:, T.VISIT] = 1
-        machine = self._machine._replace(ev=made.events, dem=made.demand, said=made.said, st=table)
+        machine = self._machine._replace(
+            ev=made.events, dem=made.demand, ids=made.ids, said=made.said, st=table
+        )
         machine.s[S.STEP] = 0
         machine.s[O.QUICK] = self._is_quick(made)
         if self._asked is not None:
@@ -356,6 +372,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         spans=np.zeros((SPANS, 4), np.int64),
         ev=np.zeros((1, len(E)), np.int64),
         dem=np.zeros((int(D.STATUS), 1), np.int64),
+        ids=np.zeros(1, np.uint32),
         said=np.zeros(1, np.int64),
         st=np.zeros((1, len(T)), np.int64),
     )

@@ -282,6 +282,8 @@ class E(_Rows):
     FIRST = auto()
     COUNT = auto()
     PHASE = auto()
+    MIXED = auto()
+    """Whether its demand is of both phases."""
     PLAN = auto()
     """First row of the predictions read at its gate."""
     PLANS = auto()
@@ -358,19 +360,19 @@ class Q(_Rows):
 
 
 class Keep(IntEnum):
-    """Keep seats."""
+    """Keep seats. Up to ``MIN`` the score is stored; behind it, it depends on more."""
 
     LRU = 0
     FIFO = 1
     LFU = 2
     LFU_INCACHE = 3
-    LFU_DECAY = 4
-    LFRU = 5
-    LEAST_STALE = 6
-    SLRU = 7
-    RANDOM = 8
-    FIXED = 9
-    MIN = 10
+    FIXED = 4
+    MIN = 5
+    SLRU = 6
+    LFU_DECAY = 7
+    LFRU = 8
+    LEAST_STALE = 9
+    RANDOM = 10
 
 
 class Wish(IntEnum):

@@ -27,22 +27,22 @@ _shed = kernel(slru.shed)
 
 @kernel
 def worth(m: M, key: int) -> A:
-    """The keep seat's score of a key's expert at the newest layer event."""
-    e = key % m.s[O.SIZE]
+    """The keep seat's score of an expert at the newest layer event. Built-in seats ask for full
+    precision alone, so its key is the expert's id."""
     keep = m.s[O.KEEP]
-    if keep == Keep.LFU_DECAY:
-        return np.int64(_decayed(m.k[X.COUNT, e], m.k[X.SCORE, e]))
-    if keep == Keep.LFRU:
-        return np.int64(_lfru(m.k[X.COUNT, e], m.k[X.LAST, e], m.s[S.EVENT]))
-    if keep == Keep.LEAST_STALE:
-        layer = e // m.s[O.EXPERTS]
-        step, here = m.s[S.GATE_STEP], m.s[S.GATE_LAYER]
-        return np.int64(_stale(m.k[X.SCORE, e], m.k[X.LAST, e], step, layer, here))
+    if keep <= Keep.MIN:
+        return np.int64(m.k[X.SCORE, key])
     if keep == Keep.SLRU:
-        return np.int64(_slru(m.k[X.SCORE, e], m.k[X.SEGMENT, e]))
-    if keep == Keep.RANDOM:
-        return np.int64(hash3(m.s[O.SEED], m.s[S.EVENT], e) >> np.uint64(2))
-    return np.int64(m.k[X.SCORE, e])
+        return np.int64(_slru(m.k[X.SCORE, key], m.k[X.SEGMENT, key]))
+    if keep == Keep.LFU_DECAY:
+        return np.int64(_decayed(m.k[X.COUNT, key], m.k[X.SCORE, key]))
+    if keep == Keep.LFRU:
+        return np.int64(_lfru(m.k[X.COUNT, key], m.k[X.LAST, key], m.s[S.EVENT]))
+    if keep == Keep.LEAST_STALE:
+        layer = key // m.s[O.EXPERTS]
+        step, here = m.s[S.GATE_STEP], m.s[S.GATE_LAYER]
+        return np.int64(_stale(m.k[X.SCORE, key], m.k[X.LAST, key], step, layer, here))
+    return np.int64(hash3(m.s[O.SEED], m.s[S.EVENT], key) >> np.uint64(2))
 
 
 @kernel
@@ -119,9 +119,8 @@ def keep_planned(m: M) -> None:
 @kernel
 def keep_evicted(m: M, key: int) -> None:
     """A copy went (``KeepSeat.note``)."""
-    e = key % m.s[O.SIZE]
     if m.s[O.KEEP] == Keep.LFU_INCACHE:
-        m.k[X.COUNT, e] = 0
-    elif m.s[O.KEEP] == Keep.SLRU and m.k[X.SEGMENT, e]:
-        m.k[X.SEGMENT, e] = 0
-        m.c[C.PROTECTED, e // (m.s[O.SIZE] // m.s[O.CACHES])] -= 1
+        m.k[X.COUNT, key] = 0
+    elif m.s[O.KEEP] == Keep.SLRU and m.k[X.SEGMENT, key]:
+        m.k[X.SEGMENT, key] = 0
+        m.c[C.PROTECTED, key // (m.s[O.SIZE] // m.s[O.CACHES])] -= 1

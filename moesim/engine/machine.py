@@ -67,6 +67,8 @@ class M(NamedTuple):
     """The block's layer events [events, E]."""
     dem: A
     """The block's demand [D, accesses]."""
+    ids: A
+    """The experts of the block's demand, uint32: unsigned, they index without a test."""
     said: A
     """The block's predictions."""
     st: A

@@ -9,10 +9,12 @@ somebody looks.
 
 from __future__ import annotations
 
+import numpy as np
+
 from moesim.engine.compiled import kernel
 from moesim.engine.fields import C, D, K, O, Order, Q, S, X
 from moesim.engine.keep import keep_shed, worth
-from moesim.engine.machine import HIT, RESIDENT, A, M
+from moesim.engine.machine import FAR, HIT, RESIDENT, A, M
 
 SCAN, LIST, HEAP = (int(order) for order in Order)
 
@@ -244,6 +246,23 @@ def next_of_all(m: M, cache: int, load: int, behind: int) -> int:
             least = value
     m.s[S.FLOOR] = least
     return best
+
+
+@kernel
+def place_of_least(m: M, first: A, last: A) -> A:
+    """Where among the residents the least of those stands that the layer event does not demand;
+    for stored scores, where nothing else may not go."""
+    place = first
+    best = np.uint64(0)
+    least = FAR
+    for at in range(first, last):
+        key = np.uint64(m.q[Q.RESIDENT, at])
+        value = m.k[X.SCORE, key]
+        if value > least or m.k[K.MEMBER, key] == m.s[S.EVENT]:
+            continue
+        if value < least or key < best:
+            best, least, place = key, value, at
+    return place
 
 
 @kernel

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
 import simpy
 
 from moesim import log
 from moesim.answers import Answers
+from moesim.desk import HIT, Desk
 from moesim.engine.clock import (
     ARRIVAL,
     COMPUTE_DONE,
@@ -28,51 +28,25 @@ from moesim.engine.clock import (
 from moesim.engine.host import Host
 from moesim.engine.link import Link, Transfer
 from moesim.engine.setup import Setup
-from moesim.ledger import ABSENT, RESIDENT, Ledger
-from moesim.protocol import Policy, restrict
-from moesim.tally import RequestTimes, Tally
-from moesim.types import (
-    NEVER,
-    AnyArray,
-    Gate,
-    IterationBegin,
-    IterationEnd,
-    Job,
-    JobDone,
-    Landed,
-    Phase,
-    Plan,
-    Prefetch,
-    RequestBegin,
-    RequestEnd,
-    Serve,
-    Status,
-)
+from moesim.ledger import Ledger
+from moesim.protocol import restrict
+from moesim.tally import Tally
+from moesim.types import Gate, Job, Landed, Phase
 from moesim.view import View
 from moesim.workload import (
     DONE,
     STARVED,
-    Demand,
     Idle,
     Item,
-    Part,
     Step,
     Work,
-    begin_facts,
     context_tokens,
-    end_facts,
     flat_events,
     layer_events,
-    union,
 )
 
-HIT, LATE, MISS = map(int, Status)
 
-JUDGED = np.array([MISS, MISS, LATE, HIT], np.uint8)
-"""Status at the gate by ``State``: what only waits in the queue is a miss."""
-
-
-class ReferenceEngine:
+class ReferenceEngine(Desk):
     """One configuration on one device.
 
     Use: ``offer`` requests and call ``advance`` until it returns False (starved) or True (done);
@@ -80,8 +54,10 @@ class ReferenceEngine:
     """
 
     def __init__(self, setup: Setup) -> None:
+        super().__init__()
         world, options = setup.world, setup.options
         self.setup = setup
+        self.world = world
         self.tally = Tally(layer_stall_ns=[0] * world.layers)
         self.clock = Clock()
         self.ledger = Ledger(
@@ -99,31 +75,23 @@ class ReferenceEngine:
             arrived=self._on_arrival,
             blocked=self._on_blocked,
         )
+        self.loads = self.link
         workers = setup.costs.hardware.host.workers
-        self.host = Host(self.clock, setup.costs, workers, self._on_cpu_done, self._on_job_done)
+        self.host = Host(self.clock, setup.costs, workers, self._on_cpu_done, self.job_done)
         self.view.count_jobs = lambda: self.host.jobs_waiting
         self.view.count_queued = lambda: self.link.waiting
         self.spans: list[tuple[str, int, int, int]] | None = [] if options.timeline else None
         self.link.spans = self.host.spans = self.spans
-        self._times: dict[int, RequestTimes] = {}
         self._arrivals: deque[Transfer] = deque()
         self._cpu_running = 0
-        self._unserved: frozenset[int] = frozenset()
-        """Misses of a gate whose plan is still being paid for."""
         self._link_blocked = False
         self._waiting: simpy.Event | None = None
         self._starved: simpy.Event | None = None
         self._done = False
-        self._named: dict[int, set[int]] = {}
         self._expert_ns: dict[tuple[int, int, int], int] = {}
         self.policy.begin(restrict(world, self.policy.needs))
         self.clock.process(self._serve())
         self.clock.process(self.link.run())
-
-    @property
-    def policy(self) -> Policy:
-        """The policy that it runs."""
-        return self.answers.policy
 
     # ---- feeding ---------------------------------------------------------------------------------
 
@@ -171,7 +139,7 @@ class ReferenceEngine:
 
     def _finish(self) -> None:
         self.link.finish()
-        self.tally.requests = list(self._times.values())
+        self.tally.requests = list(self.times.values())
         self._done = True
         if self.setup.options.check:
             self._audit()
@@ -193,11 +161,8 @@ class ReferenceEngine:
             self.policy.note(Landed(expert, 0, -1, order, False))
 
     def _step(self, step: Step) -> Process:
-        for part in step.parts:
-            self._begin(part)
-        for begin, phase in begin_facts(step):
-            self._tell(begin, phase)
-        stall, misses = self.tally.times.stall, self._misses()
+        self.begin_step(step)
+        stall, misses = self.tally.times.stall, self.misses()
         if self.setup.options.share_kv:
             self._make_room_for_kv(step)
         cut = flat_events if self.setup.options.flat else layer_events
@@ -207,37 +172,12 @@ class ReferenceEngine:
         yield from self._busy("dense", head_ns, -1)
         self.tally.times.dense += head_ns
         for part in step.parts:
-            times = self._times[part.work.index]
+            times = self.times[part.work.index]
             times.stall_ns += self.tally.times.stall - stall
-            times.misses += self._misses() - misses
-            self._end(part)
-        for end in end_facts(step):
-            self._tell(end, Phase.DECODE)
-        self.tally.steps += 1
+            times.misses += self.misses() - misses
+        self.end_step(step)
         if self.setup.options.check:
             self.ledger.audit()
-
-    def _misses(self) -> int:
-        return sum(counts.misses for counts in self.tally.phases)
-
-    def _begin(self, part: Part) -> None:
-        work = part.work
-        if part.number == 0 and part.begins:
-            arrival = self.clock.now if work.arrival_ns is None else work.arrival_ns
-            prompt = work.rows.facts.prompt_tokens or 0
-            self._times[work.index] = RequestTimes(
-                work.rows.request, arrival, self.clock.now, prompt
-            )
-
-    def _end(self, part: Part) -> None:
-        if not part.ends:
-            return
-        times = self._times[part.work.index]
-        times.output_tokens += 1
-        if times.first_token_ns < 0:
-            times.first_token_ns = self.clock.now
-        if part.number == part.work.iterations - 1:
-            times.end_ns = self.clock.now
 
     def _make_room_for_kv(self, step: Step) -> None:
         """Capacity is what the KV cache leaves; shared between layers in equal parts."""
@@ -260,104 +200,18 @@ class ReferenceEngine:
             times.dense += dense_ns
             times.sync += costs.sync_ns
         yield self.clock.after(costs.sync_ns if item.dense_tokens else 0, GATE)
-        gate, plan = self._gate(item)
+        gate, plan = self.gate(item)
+        # What was held for this event, or is useless from now on, may make way at once.
+        self.link.wake()
         plan_ns = (costs.plan_ns if item.dense_tokens else 0) + costs.job_ns(plan.foreground_ops, 0)
         if plan_ns:
             yield self.clock.after(plan_ns, GATE)
             times.plan += plan_ns
-        waiting = self._demand(gate, plan)
-        self._apply(plan, Phase(gate.source.slots[0].phase))
+        waiting = self.demand(gate, plan)
+        self.apply(plan, Phase(gate.source.slots[0].phase))
         self.link.wake()
         yield from self._compute(gate, waiting)
         self.link.log.add(log.END, self.clock.now, gate.event)
-
-    def _gate(self, item: Item) -> tuple[Gate, Plan]:
-        """Route, judge, pin, and ask for a plan."""
-        source, demand = item.event, item.demand
-        self.tally.events += 1
-        self.answers.event = source.event
-        routed = self.answers.route(source)
-        if routed is not None:
-            demand = union(source, self.setup.world.experts, routed)
-        status = self._judge(demand)
-        gate = Gate(source, demand.experts, demand.tokens, status, demand.phases)
-        self._unserved = frozenset(gate.experts[status == MISS].tolist())
-        self.link.members = set(demand.experts.tolist())
-        self.link.released.clear()
-        self.ledger.pinned |= self.link.members
-        self._log_gate(gate)
-        self._count_predicted(gate)
-        self._claim(gate)
-        # What was held for this event, or is useless from now on, may make way at once.
-        self.link.expire()
-        self.link.wake()
-        return gate, self.answers.plan(gate)
-
-    def _judge(self, demand: Demand) -> AnyArray:
-        return JUDGED[self.ledger.state[demand.experts]]
-
-    def _log_gate(self, gate: Gate) -> None:
-        words = (gate.experts * 4 + gate.status).tolist()
-        self.link.log.add(
-            log.GATE, self.clock.now, gate.event, gate.layer, len(words), log.DEMAND, *words
-        )
-        self.link.decisions.add(log.GATE, gate.event, gate.layer, len(words), log.DEMAND, *words)
-
-    def _count_predicted(self, gate: Gate) -> None:
-        named = self._named.pop(gate.event, None)
-        if named is not None:
-            self.tally.named += len(named)
-            self.tally.predicted += len(named & self.link.members)
-
-    def _claim(self, gate: Gate) -> None:
-        """What the gate settles without the policy: hits are used, loads under way promoted."""
-        link, tally = self.link, self.tally
-        nbytes = 0
-        late: list[int] = []
-        rows = zip(gate.experts.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
-        for key, status, phase in rows:
-            nbytes += self.ledger.bytes_of[key]
-            tally.phases[phase].judged(status, self.ledger.copy_bytes[key])
-            if status == HIT:
-                link.use(key)
-            elif status == LATE:
-                late.append(key)
-            else:
-                link.miss(key)
-        link.promote(late)
-        tally.largest_union_bytes = max(tally.largest_union_bytes, nbytes)
-        cache = self.ledger.cache_of[int(gate.experts[0])] if len(gate.experts) else 0
-        tally.overflows += nbytes > self.ledger.capacity[cache]
-
-    def _demand(self, gate: Gate, plan: Plan) -> int:
-        """Serve the misses; the number of experts that the compute lane must wait for."""
-        self._unserved = frozenset()
-        missing: list[Transfer] = []
-        for order in np.flatnonzero(gate.status == MISS).tolist():
-            key = int(gate.experts[order])
-            how = plan.serve.get(key, Serve.FETCH)
-            self._serve_miss(gate, order, key, Phase(gate.phases[order]), how, missing)
-        self.link.demand(missing)
-        return int((gate.status == LATE).sum()) + len(missing)
-
-    def _serve_miss(
-        self, gate: Gate, order: int, key: int, phase: Phase, how: Serve, missing: list[Transfer]
-    ) -> None:
-        if how == Serve.FETCH:
-            self.tally.served["fetch"] += 1
-            staged = self.policy.bypass
-            missing.append(self.link.transfer(key, phase, order, prefetch=False, staged=staged))
-            return
-        self.link.log.add(log.SERVED, self.clock.now, key, how)
-        self.link.decisions.add(log.SERVED, key, how)
-        if how == Serve.CPU:
-            self.tally.served["cpu"] += 1
-            self._cpu_running += 1
-            tokens = int(gate.tokens[order])
-            self.host.compute(key, self.setup.costs.cpu_expert_ns(tokens, gate.layer))
-        else:
-            self.tally.served["skip"] += 1
-            self.ledger.pinned.discard(key)
 
     # ---- compute ---------------------------------------------------------------------------------
 
@@ -432,58 +286,20 @@ class ReferenceEngine:
         self.link.wake()
         self._notify()
 
-    # ---- plans -----------------------------------------------------------------------------------
+    # ---- for the desk ----------------------------------------------------------------------------
 
-    def _tell(
-        self, fact: RequestBegin | RequestEnd | IterationBegin | IterationEnd, phase: Phase
-    ) -> None:
-        """Tell a fact outside a layer event and apply the answer."""
-        self._apply(self.answers.plan(fact), phase)
-        self.link.wake()
+    def now(self) -> int:
+        """The time on the clock."""
+        return self.clock.now
 
-    def _on_job_done(self, job: Job) -> None:
-        plan = self.answers.plan(JobDone(job, self.link.event))
-        self._apply(plan, Phase.DECODE)
-        self.link.wake()
+    def run_on_host(self, key: int, tokens: int, layer: int) -> None:
+        """Give it to the host's workers."""
+        self._cpu_running += 1
+        self.host.compute(key, self.setup.costs.cpu_expert_ns(tokens, layer))
 
-    def _apply(self, plan: Plan, phase: Phase) -> None:
-        for expert in plan.cancel:
-            self.link.cancel(self.answers.key(expert))
-        for expert, priority in plan.reprioritise:
-            self._reprioritise(self.answers.key(expert), priority)
-        for order, wish in enumerate(plan.prefetches):
-            self._prefetch(wish, order, phase)
-        for job in plan.jobs:
-            self.tally.jobs += 1
-            self.host.submit(job)
-
-    def _reprioritise(self, key: int, priority: int) -> None:
-        transfer = self.link.queued(key)
-        if transfer is not None:
-            transfer.priority = priority
-        elif key in self.link.holds:
-            self.link.hold(key, priority, self.link.holds[key][1])
-
-    def _prefetch(self, wish: Prefetch, order: int, phase: Phase) -> None:
-        """Queue a wish; where the copy is there or under way, refresh what protects it."""
-        key = self.answers.key(wish.expert, wish.precision)
-        if wish.expires <= self.link.event:
-            return
-        if wish.expires < NEVER:
-            self._named.setdefault(wish.expires, set()).add(key)
-        state = self.ledger.state[key]
-        pending = self.link.queued(key)
-        if pending is not None:
-            pending.priority, pending.expires = wish.priority, wish.expires
-            pending.cancelled = False
-        elif state == RESIDENT:
-            self.link.hold(key, wish.priority, wish.expires)
-        elif state == ABSENT and key not in self._unserved:
-            # Demand comes first in an event's order; 1 << 19 is more than any demand.
-            transfer = self.link.transfer(key, phase, (1 << 19) + order, prefetch=True)
-            transfer.priority, transfer.expires = wish.priority, wish.expires
-            transfer.replaces = self.answers.replaced(wish, key, self.ledger.cache_of)
-            self.link.enqueue(transfer)
+    def submit(self, job: Job) -> None:
+        """Give it to the host's workers."""
+        self.host.submit(job)
 
     # ---- laws ------------------------------------------------------------------------------------
 
