@@ -113,17 +113,13 @@ class Costs:
 
     @property
     def alike(self) -> IntArray:
-        """int64 [layers]: for each layer the first one whose every cost is the same."""
-        facts = zip(
-            self._dense_bytes,
-            self._dense_flops,
-            self._kv_bytes,
-            self._kv_window,
-            *self._expert_bytes,
-            strict=True,
-        )
-        first: dict[tuple[int, ...], int] = {}
-        return np.array([first.setdefault(f, layer) for layer, f in enumerate(facts)], np.int64)
+        """int64 [layers]: for each layer the first one whose dense part costs the same."""
+        return _first_equal(self._dense_bytes, self._dense_flops, self._kv_bytes, self._kv_window)
+
+    @property
+    def experts_alike(self) -> IntArray:
+        """int64 [layers]: for each layer the first one whose experts cost the same."""
+        return _first_equal(*self._expert_bytes)
 
     def load_ns(self, nbytes: int) -> int:
         """Time of one whole transfer, alone on the link: latency + ceil(bytes / bandwidth).
@@ -288,3 +284,10 @@ def _grid(rows: Sequence[tuple[int, int, int]], tokens: int, context: int) -> in
         return math.ceil(upper)
     share = Fraction(tokens - lower_tokens, upper_tokens - lower_tokens)
     return math.ceil(lower + (upper - lower) * share)
+
+
+def _first_equal(*facts: Sequence[int]) -> IntArray:
+    """For each place the first one where all facts are the same."""
+    first: dict[tuple[int, ...], int] = {}
+    places = [first.setdefault(fact, place) for place, fact in enumerate(zip(*facts, strict=True))]
+    return np.array(places, np.int64)

@@ -214,6 +214,28 @@ class Step(NamedTuple):
     padding: int = 0
 
 
+class Passes(NamedTuple):
+    """Steps ``number`` and following: the whole forward passes ``first`` to ``last`` (excluded) of
+    one request alone."""
+
+    number: int
+    work: Work
+    first: int
+    last: int
+    padding: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps they are."""
+        return self.last - self.first
+
+    def step(self, i: int) -> Step:
+        """The step of pass ``first + i``."""
+        number = self.first + i
+        part = Part(self.work, number, 0, self.work.tokens(number), True, True)
+        return Step(self.number + i, (part,), self.padding)
+
+
 class Idle(NamedTuple):
     """Nothing to serve before ``until_ns``."""
 
@@ -237,6 +259,9 @@ class Scheduler(Protocol):
 
     def next_step(self, now_ns: int) -> Step | Idle | str:
         """A step; or ``Idle``, ``STARVED``, ``DONE``."""
+
+    def next_steps(self, now_ns: int, most: int) -> Passes | Step | Idle | str:
+        """The same; up to ``most`` steps at once where they are passes of one request alone."""
 
 
 class StaticBatch:
@@ -266,11 +291,36 @@ class StaticBatch:
 
     def next_step(self, now_ns: int) -> Step | Idle | str:
         """The next step of the running batch, or the first of a new one."""
+        verdict = self._run_on(now_ns)
+        return self._step() if verdict is None else verdict
+
+    def next_steps(self, now_ns: int, most: int) -> Passes | Step | Idle | str:
+        """The same; up to ``most`` steps at once where they are passes of one request alone."""
+        verdict = self._run_on(now_ns)
+        if verdict is not None:
+            return verdict
+        work = self._running[0]
+        first = last = work.next_pass
+        if len(self._running) == 1:
+            last = min(work.iterations, first + most)
+        if self.chunk_tokens:
+            chunked = (n for n in range(first, last) if self._is_chunked(work, n))
+            last = next(chunked, last)
+        if last == first:
+            return self._step()
+        work.next_pass = last
+        self._steps += last - first
+        return Passes(self._steps - (last - first), work, first, last, self._size - 1)
+
+    def _is_chunked(self, work: Work, number: int) -> bool:
+        return work.phase(number) == Phase.PREFILL and work.tokens(number) > self.chunk_tokens
+
+    def _run_on(self, now_ns: int) -> Idle | str | None:
+        """Admit a new batch if the last has finished; why that cannot be."""
         self._running = [w for w in self._running if not w.finished]
-        if not self._running:
-            verdict = self._admit(now_ns)
-            if verdict is not None:
-                return verdict
+        return None if self._running else self._admit(now_ns)
+
+    def _step(self) -> Step:
         parts = tuple(self._part(work) for work in self._running)
         step = Step(self._steps, parts, self._size - len(parts))
         self._steps += 1

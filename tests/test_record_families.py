@@ -21,6 +21,7 @@ from moesim.traces.gates import Gates, find_gates
 from moesim.traces.reader import RequestFacts, RequestRows
 from moesim.traces.record_rows import by_weight
 from moesim.traces.schema import DROPPED, PREFILL
+from moesim.traces.scores import TOLERANCES, Score, explain
 from tests import tiny_moe
 from tests.tiny_moe import ASKED, Routed, oracle
 
@@ -326,3 +327,44 @@ def test_hooks_leave_nothing_behind(model: Any, gates: Gates) -> None:
         pass
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert before == after
+
+
+# ---- explaining weights --------------------------------------------------------------------------
+
+
+def test_a_router_without_spread_is_still_explained() -> None:
+    """Fresh weights give nearly equal scores, which two functions explain: the plainer is taken."""
+    model = tiny_moe.build("olmoe")
+    for layer in find_gates(model, [5, 6, 7]).layers:
+        layer.router.weight.data *= 0
+    score = find_gates(model, [5, 6, 7]).score
+    assert (score.kind, score.renormalised, score.scale) == ("softmax", False, 1.0)
+
+
+def test_what_explains_every_layer_is_taken() -> None:
+    """One layer alone may allow more than one explanation."""
+    model = tiny_moe.build("deepseek_v3")
+    find_gates(model, [5, 6, 7]).layers[0].router.weight.data *= 0
+    gates = find_gates(model, [5, 6, 7])
+    assert len(gates.layers[0].scores) > 1
+    assert (gates.score.kind, gates.score.scale) == ("sigmoid-bias-scale", 2.5)
+
+
+def test_weights_that_nothing_explains_are_recorded_all_the_same() -> None:
+    draw = np.random.default_rng(0)
+    logits, ids = draw.normal(size=(9, 8)), np.argsort(draw.normal(size=(9, 8)))[:, :2]
+    assert explain(logits, ids, draw.random((9, 2))) == ()
+    assert "no known score function" in Score("unknown").in_words()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_scale_is_the_routers_own(dtype: str) -> None:
+    """Rounding moves what is measured; near what the router says, its word counts."""
+    draw = np.random.default_rng(1)
+    logits, ids = draw.normal(size=(13, 8)), np.tile(np.arange(2), (13, 1))
+    scores = 1 / (1 + np.exp(-logits[:, :2]))
+    weights = scores / scores.sum(1, keepdims=True) * 2.5
+    noise = TOLERANCES[dtype] / 2
+    weights *= 1 + draw.uniform(-noise, noise, weights.shape)
+    (found,) = explain(logits, ids, weights, tolerance=2 * noise, biased=True, factor=2.5)
+    assert (found.scale, found.renormalised) == (2.5, True)

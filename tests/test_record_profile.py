@@ -16,7 +16,6 @@ from moesim.profile import ModelProfile, load_model
 from moesim.traces.gates import GateLayer, Gates, Place, encoder_modules, find_blocks, find_gates
 from moesim.traces.model_profile import expert_norms, model_profile
 from moesim.traces.record_model import Loaded
-from moesim.traces.scores import Score
 from tests import tiny_moe
 
 # What the published configs say and the classes' defaults do not.
@@ -101,7 +100,7 @@ def at_full_size(name: str) -> ModelProfile:
             as_logarithm=False,
             probe=None,
             keeps_input=True,
-            score=Score("unknown"),
+            scores=(),
         )
         for block in find_blocks(model)
     )

@@ -75,7 +75,8 @@ class GateLayer:
     """How the gate is applied to another input; None: it cannot be."""
     keeps_input: bool
     """The model leaves the router's input as it was; else it must be copied."""
-    score: Score
+    scores: tuple[Score, ...]
+    """What explains its weights, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,9 +105,11 @@ class Gates:
 
     @property
     def score(self) -> Score:
-        """The score function of all layers; unknown where they differ."""
-        scores = {layer.score for layer in self.layers}
-        return scores.pop() if len(scores) == 1 else Score("unknown")
+        """The score function that explains the weights of every layer; unknown if none does."""
+        for score in self.layers[0].scores:
+            if all(score in layer.scores for layer in self.layers):
+                return score
+        return Score("unknown")
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ def _read_call(model: Module, call: _Call, encoder: set[int]) -> GateLayer:
     form, ids, weights = chosen
     read = reader(form, _top_k(call, form, ids))
     true_ids, true_weights = read(_held(call, ids), _held(call, weights), call.rows)
-    logits, as_logarithm, score = _find_logits(call, true_ids, true_weights)
+    logits, as_logarithm, scores = _find_logits(call, true_ids, true_weights)
     block = call.block
     layer = GateLayer(
         name=block.name,
@@ -318,7 +321,7 @@ def _read_call(model: Module, call: _Call, encoder: set[int]) -> GateLayer:
         as_logarithm=as_logarithm,
         probe=None,
         keeps_input=bool(torch.equal(first_tensor(call.args, call.kwargs), call.input_copy)),
-        score=score,
+        scores=scores,
     )
     return replace(layer, probe=_find_probe(layer, call, true_ids, true_weights))
 
@@ -423,7 +426,9 @@ def reader(form: str, top_k: int) -> Reader:
     return {"ids": read_ids, "mask": read_mask, "scores": read_scores}[form]
 
 
-def _find_logits(call: _Call, ids: Tensor, weights: Tensor) -> tuple[Place | None, bool, Score]:
+def _find_logits(
+    call: _Call, ids: Tensor, weights: Tensor
+) -> tuple[Place | None, bool, tuple[Score, ...]]:
     """Return where the logits are, whether their logarithm is meant, and what they explain."""
     wide = [
         (place, values)
@@ -431,16 +436,15 @@ def _find_logits(call: _Call, ids: Tensor, weights: Tensor) -> tuple[Place | Non
         for place, values in call.tensors(tap)
         if values.is_floating_point() and values.shape[1] == call.block.count
     ]
-    shares = [(p, v) for p, v in wide if _are_shares(v)]
-    tried = [(place, values, False) for place, values in wide]
-    tried += [(place, values.float().log(), True) for place, values in shares]
+    shares = [(place, values.float().log(), True) for place, values in wide if _are_shares(values)]
+    tried = [*((place, values, False) for place, values in wide), *shares]
     for place, values, as_logarithm in tried:
-        score = _explained(call, values, ids, weights)
-        if score.kind != "unknown":
-            return place, as_logarithm, score
-    likely = [item for item in tried if item[2] or all(item[0] != p for p, _ in shares)]
-    unknown = Score("unknown", biased=_bias(call) is not None)
-    return (likely[0][0], likely[0][2], unknown) if likely else (None, False, unknown)
+        scores = _explained(call, values, ids, weights)
+        if scores:
+            return place, as_logarithm, scores
+    # Nothing explains the weights: what sums to 1 is then taken for probabilities.
+    likely = [*shares, *tried]
+    return (likely[0][0], likely[0][2], ()) if likely else (None, False, ())
 
 
 def _are_shares(values: Tensor) -> bool:
@@ -448,15 +452,17 @@ def _are_shares(values: Tensor) -> bool:
     return bool((values >= 0).all() and (sums - 1).abs().max() < 1e-2)
 
 
-def _explained(call: _Call, logits: Tensor, ids: Tensor, weights: Tensor) -> Score:
+def _explained(call: _Call, logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Score, ...]:
     jitter = getattr(call.block.router, "router_jitter_noise", None)
+    factor = getattr(call.block.router, "routed_scaling_factor", None)
     kind = str(weights.dtype).removeprefix("torch.")
     return explain(
         logits.double().cpu().numpy(),
         ids.cpu().numpy(),
         weights.double().cpu().numpy(),
         tolerance=max(TOLERANCES.get(kind, 1e-2), _logit_tolerance(logits)),
-        biased=_bias(call) is not None,
+        biased=_has_bias(call),
+        factor=float(factor) if isinstance(factor, (int, float)) and factor > 0 else 1.0,
         jitter=float(jitter) if isinstance(jitter, float) else None,
     )
 
@@ -468,12 +474,13 @@ def _logit_tolerance(logits: Tensor) -> float:
     return float(torch.finfo(logits.dtype).eps * logits.float().abs().max())
 
 
-def _bias(call: _Call) -> Tensor | None:
-    for module in (call.block.router, call.block.module):
-        for name, value in (*module.named_buffers(), *module.named_parameters()):
-            if "correction_bias" in name or name == "expert_bias":
-                return value
-    return None
+def _has_bias(call: _Call) -> bool:
+    """Whether a learned bias, which is not in the logits, takes part in the choice."""
+    return any(
+        "correction_bias" in name or name == "expert_bias"
+        for module in (call.block.router, call.block.module)
+        for name, _ in (*module.named_buffers(), *module.named_parameters())
+    )
 
 
 # ---- applying a gate to another input ------------------------------------------------------------

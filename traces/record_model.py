@@ -191,11 +191,11 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def _hub_error(name: str, what: str) -> UsageError:
-    local = ", ".join(("a model's folder", *map(repr, shipped_models())))
+    local = " or ".join(("a folder that holds it", *shipped_models()))
     option = "--tokenizer" if what == "tokenizer" else "--model"
     return UsageError(
-        f"{name}: the hub is not in reach and its {what} is not in the cache; pass {option} {local}"
-        ", which need no hub"
+        f"{name}: the hub is not in reach and the {what} is not in the cache; pass {option} with "
+        f"{local}, for which no hub is needed"
     )
 
 

@@ -53,31 +53,30 @@ def explain(
     tolerance: float = 1e-4,
     biased: bool = False,
     jitter: float | None = None,
-) -> Score:
-    """Return the score function that gives the weights, `Score("unknown")` if none does.
+    factor: float = 1.0,
+) -> tuple[Score, ...]:
+    """Return the score functions that give the weights, the likeliest first; empty if none does.
 
     `biased`: the router has a bias for the choice, so sigmoids are tried first. `jitter`: the
-    threshold of a sparsemixer router. Tokens with a dropped choice (id -1) are left out.
+    threshold of a sparsemixer router. `factor`: what the router is known to scale by, taken for
+    what is found near it. Tokens with a dropped choice (id -1) are left out.
     """
     kept = (ids >= 0).all(axis=1) & np.isfinite(logits).all(axis=1)
     logits, ids, weights = logits[kept], ids[kept], weights[kept]
     if not len(ids):
-        return Score("unknown")
+        return ()
     functions = {"sigmoid": _sigmoid, "softmax": _softmax}
-    names = ("sigmoid", "softmax") if biased else ("softmax", "sigmoid")
     found = []
-    for name in names:
+    for name in ("sigmoid", "softmax") if biased else ("softmax", "sigmoid"):
         chosen = np.take_along_axis(functions[name](logits), ids, axis=1)
         for renormalised in (False, True):
-            scale = _scale(_shared(chosen) if renormalised else chosen, weights, tolerance)
+            expected = _shared(chosen) if renormalised else chosen
+            scale = _scale(expected, weights, tolerance, (1.0, factor))
             if scale is not None:
                 found.append(Score(_kind(name, renormalised), renormalised, scale, biased))
-    plain = [score for score in found if score.scale == 1]
-    if plain or found:
-        return (plain or found)[0]
     if jitter is not None and ids.shape[1] == 2 and _is_sparsemixer(logits, ids, weights, jitter):
-        return Score("sparsemixer")
-    return Score("unknown", biased=biased)
+        found.append(Score("sparsemixer"))
+    return tuple(sorted(found, key=lambda score: score.scale not in (1, factor)))
 
 
 def _kind(name: str, renormalised: bool) -> str:
@@ -86,13 +85,16 @@ def _kind(name: str, renormalised: bool) -> str:
     return "softmax-renorm" if renormalised else "softmax"
 
 
-def _scale(expected: Floats, weights: Floats, tolerance: float) -> float | None:
+def _scale(
+    expected: Floats, weights: Floats, tolerance: float, likely: tuple[float, ...] = (1.0,)
+) -> float | None:
     """Return the one factor between the two, None if there is none."""
     ratio = weights / np.maximum(expected, 1e-30)
     middle = float(np.median(ratio))
     if not middle > 0 or np.abs(ratio / middle - 1).max() > tolerance:
         return None
-    return 1.0 if abs(middle - 1) <= tolerance else float(f"{middle:.3g}")
+    near = (scale for scale in likely if abs(middle / scale - 1) <= tolerance)
+    return next(near, float(f"{middle:.3g}"))
 
 
 def _shared(chosen: Floats) -> Floats:

@@ -17,6 +17,7 @@ from moesim.errors import UsageError
 from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot
 from moesim.workload import (
     KnownFuture,
+    Passes,
     Step,
     Work,
     layer_spans,
@@ -24,7 +25,7 @@ from moesim.workload import (
 )
 
 LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
-"""What a look-up of costs packs into one number."""
+"""What a look-up of costs packs into one number: layers that differ, context, tokens."""
 
 Piece = tuple[Work, int, int]
 """Rows ``first`` to ``last`` of a request."""
@@ -34,7 +35,7 @@ Piece = tuple[Work, int, int]
 class Block:
     """``events`` [n, E], ``demand`` [D.STATUS, accesses], ``table`` [m, T] of the ``steps``."""
 
-    steps: Sequence[Step]
+    items: Sequence[Passes | Step]
     events: IntArray
     demand: IntArray
     ids: AnyArray
@@ -44,6 +45,19 @@ class Block:
     """Predictions, local ids; ``events`` says which are whose."""
     sources: Sources | None = None
     """For a policy in plain Python."""
+
+    def step(self, number: int) -> Step:
+        """One of its steps."""
+        for item in self.items:
+            if isinstance(item, Step):
+                if number == 0:
+                    return item
+                number -= 1
+            elif number < item.steps:
+                return item.step(number)
+            else:
+                number -= item.steps
+        raise IndexError(number)
 
 
 class BlockMaker:
@@ -70,12 +84,13 @@ class BlockMaker:
         self._future = future
         self._asked = asked
         self._dense: dict[int, int] = {}
-        self._alike = costs.alike
+        self._alike = _classes(costs.alike)
+        self._experts_alike = _classes(costs.experts_alike)
         self._accesses = 0
 
-    def make(self, steps: Sequence[Step]) -> Block:
+    def make(self, items: Sequence[Passes | Step]) -> Block:
         """The block of these steps."""
-        rows = _Rows(steps, asked=self._asked)
+        rows = _Rows(items, asked=self._asked)
         experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
         phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
         starts = np.append(rows.starts, len(experts))
@@ -113,12 +128,12 @@ class BlockMaker:
         self._accesses += demand.shape[1]
         sources = _sources(rows, experts, starts, row) if self._asked else None
         ids = demand[D.EXPERT].astype(np.uint32)
-        table = self._steps(steps, counts)
-        return Block(steps, events, demand, ids, table, said, sources)
+        table = self._steps(items, counts)
+        return Block(items, events, demand, ids, table, said, sources)
 
-    def demand(self, steps: Sequence[Step]) -> tuple[AnyArray, IntArray]:
+    def demand(self, items: Sequence[Passes | Step]) -> tuple[AnyArray, IntArray]:
         """Expert ids, int32 [accesses], of these steps, and how many each layer event demands."""
-        rows = _Rows(steps, asked=False)
+        rows = _Rows(items, asked=False)
         experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
         phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
         starts = np.append(rows.starts, len(experts))
@@ -136,23 +151,25 @@ class BlockMaker:
         _refuse_too_many("tokens", rows.tokens, TOKEN_BITS)
         _refuse_too_many("cached positions", rows.contexts, CONTEXT_BITS)
         _refuse_too_many("layers", rows.layers, LAYER_BITS)
-        alike = self._alike[rows.layers]
-        packed = (rows.tokens << CONTEXT_BITS | rows.contexts) << LAYER_BITS | alike
+        alike, layers = self._alike
+        packed = (rows.tokens << CONTEXT_BITS | rows.contexts) * len(layers) + alike[rows.layers]
         kinds, which = _kinds(packed)
         known = self._dense
         for kind in kinds:
             if kind not in known:
-                rest, layer = divmod(kind, 1 << LAYER_BITS)
+                rest, first = divmod(kind, len(layers))
                 tokens, context = divmod(rest, 1 << CONTEXT_BITS)
-                known[kind] = self._costs.dense_ns(tokens, context, layer)
+                known[kind] = self._costs.dense_ns(tokens, context, layers[first])
         found: IntArray = np.array([known[kind] for kind in kinds], np.int64)[which]
         return found
 
     def _add_costs(self, demand: IntArray) -> None:
-        alike = np.repeat(self._alike, self._experts)[demand[D.EXPERT]]
-        packed = demand[D.TOKENS] << LAYER_BITS | alike
+        alike, layers = self._experts_alike
+        packed = demand[D.TOKENS] * len(layers)
+        if len(layers) > 1:
+            packed += alike[demand[D.EXPERT] // self._experts]
         kinds, which = _kinds(packed)
-        pairs = [divmod(kind, 1 << LAYER_BITS) for kind in kinds]
+        pairs = [(kind // len(layers), layers[kind % len(layers)]) for kind in kinds]
         ns = np.array([self._costs.expert_ns(*pair) for pair in pairs], np.int64)
         demand[D.NS] = ns[which]
         if self._cpu:
@@ -170,16 +187,18 @@ class BlockMaker:
         ids, _, _, ends = _unite(np.ascontiguousarray(ahead), starts, none, self._experts)
         return np.append(ids, 0), ends
 
-    def _steps(self, steps: Sequence[Step], counts: IntArray) -> IntArray:
-        table = np.zeros((len(steps), len(T)), np.int64)
+    def _steps(self, items: Sequence[Passes | Step], counts: IntArray) -> IntArray:
+        table = np.zeros((len(counts), len(T)), np.int64)
         table[:, T.LAST] = np.cumsum(counts)
         table[:, T.FIRST] = table[:, T.LAST] - counts
-        table[:, T.HEAD_NS] = [self._head_ns(step) for step in steps]
         table[:, T.VISIT] = self._asked
+        row = 0
+        for item in items:
+            steps = item.steps if isinstance(item, Passes) else 1
+            ends = 1 if isinstance(item, Passes) else sum(part.ends for part in item.parts)
+            table[row : row + steps, T.HEAD_NS] = self._costs.head_ns(ends)
+            row += steps
         return table
-
-    def _head_ns(self, step: Step) -> int:
-        return self._costs.head_ns(sum(part.ends for part in step.parts))
 
 
 class _Rows:
@@ -189,52 +208,53 @@ class _Rows:
     numbers : number of its step. counts : events of each step.
     """
 
-    def __init__(self, steps: Sequence[Step], *, asked: bool) -> None:
+    def __init__(self, items: Sequence[Passes | Step], *, asked: bool) -> None:
         self.pieces: list[Piece] = []
         self.slots: list[tuple[Slot, ...]] = []
         self._asked = asked
         self._length = 0
         self._events: list[tuple[AnyArray, ...]] = []
-        counts: list[int] = []
-        first = 0
-        while first < len(steps):
-            last = _run_of_passes(steps, first)
-            counts += self._whole(steps[first:last]) if last > first else []
-            if last == first:
-                counts.append(self._gathered(steps[first]))
-                last += 1
-            first = last
-        self.counts = np.array(counts, np.int64)
+        self.counts = np.concatenate([self._cut(item) for item in items])
         columns = [np.concatenate(column) for column in zip(*self._events, strict=True)]
         self.starts, self.layers, self.tokens, self.contexts, self.numbers = columns
 
-    def _whole(self, steps: Sequence[Step]) -> list[int]:
-        """Forward passes of one request, one after the other: already in event order."""
-        work, number = steps[0].parts[0].work, steps[0].parts[0].number
-        bounds = np.array(work.passes[number : number + len(steps) + 1])
+    def _cut(self, item: Passes | Step) -> IntArray:
+        """Append the layer events of some steps; how many each has."""
+        return self._whole(item) if isinstance(item, Passes) else self._gathered(item)
+
+    def _whole(self, passes: Passes) -> IntArray:
+        """Forward passes of one request: already in event order."""
+        work = passes.work
+        bounds = np.array(work.passes[passes.first : passes.last + 1])
         blocks = np.array(work.blocks[bounds[0] : bounds[-1] + 1], np.int64)
         counts = np.diff(bounds)
-        contexts = work.rows.position[blocks[1:] - 1].astype(np.int64) + 1
-        padding = np.repeat([step.padding for step in steps], counts)
+        numbers = np.arange(passes.number, passes.number + passes.steps)
         self._events.append(
             (
                 blocks[:-1] - blocks[0] + self._length,
                 np.array(work.block_layers[bounds[0] : bounds[-1]], np.int64),
-                np.diff(blocks) + padding,
-                contexts,
-                np.repeat([step.number for step in steps], counts),
+                np.diff(blocks) + passes.padding,
+                work.rows.position[blocks[1:] - 1].astype(np.int64) + 1,
+                np.repeat(numbers, counts),
             )
         )
         self._add(work, int(blocks[0]), int(blocks[-1]))
         if self._asked:
-            for step, first, last in zip(steps, bounds[:-1], bounds[1:], strict=True):
-                part = step.parts[0]
-                for block in range(first, last):
-                    spans = [(part, work.blocks[block], work.blocks[block + 1])]
-                    self.slots.append(slots_of(spans))
-        return [int(count) for count in counts]
+            self._add_slots(passes, counts.tolist())
+        return counts
 
-    def _gathered(self, step: Step) -> int:
+    def _add_slots(self, passes: Passes, counts: Sequence[int]) -> None:
+        """Whose tokens each layer event has: those of the one request."""
+        work, block = passes.work, passes.work.passes[passes.first]
+        for number, count in enumerate(counts, passes.first):
+            request, iteration = work.rows.request, work.iteration(number)
+            phase = work.phase(number)
+            for _ in range(count):
+                tokens = work.blocks[block + 1] - work.blocks[block]
+                self.slots.append((Slot(request, iteration, phase, 0, tokens),))
+                block += 1
+
+    def _gathered(self, step: Step) -> IntArray:
         """A step of several requests, or of a chunk: layer by layer."""
         rows = []
         for layer, spans in layer_spans(step):
@@ -246,7 +266,7 @@ class _Rows:
             if self._asked:
                 self.slots.append(slots_of(spans))
         self._events.append(tuple(np.array(rows, np.int64).reshape(-1, 5).T))
-        return len(rows)
+        return np.array([len(rows)])
 
     def _add(self, work: Work, first: int, last: int) -> None:
         self._length += last - first
@@ -254,22 +274,6 @@ class _Rows:
             self.pieces[-1] = (work, self.pieces[-1][1], last)
         else:
             self.pieces.append((work, first, last))
-
-
-def _run_of_passes(steps: Sequence[Step], first: int) -> int:
-    """One past the last of the steps from ``first`` on that are successive whole forward passes of
-    one request alone; ``first`` itself if it is none."""
-    last = first
-    while last < len(steps):
-        parts = steps[last].parts
-        if len(parts) != 1 or not (parts[0].begins and parts[0].ends):
-            break
-        if last > first:
-            before = steps[last - 1].parts[0]
-            if parts[0].work is not before.work or parts[0].number != before.number + 1:
-                break
-        last += 1
-    return last
 
 
 def _refuse_too_many(what: str, values: IntArray, bits: int) -> None:
@@ -350,6 +354,12 @@ def _flatten(
     return flat, demand, np.bincount(steps[of_event], minlength=len(counts)), kept
 
 
+def _classes(alike: IntArray) -> tuple[IntArray, list[int]]:
+    """The class of each layer, and a layer of each class."""
+    layers, which = np.unique(alike, return_inverse=True)
+    return which.astype(np.int64), layers.tolist()
+
+
 def _mixed(events: IntArray, phases: IntArray) -> AnyArray:
     """Whether an event's accesses are of both phases."""
     if not len(phases) or phases.min() == phases.max():
@@ -361,12 +371,20 @@ def _mixed(events: IntArray, phases: IntArray) -> AnyArray:
     return mixed
 
 
-def _kinds(packed: IntArray) -> tuple[list[int], IntArray]:
-    """The different values, and which of them each is. Most blocks hold few."""
-    if len(packed) and (packed == packed[0]).all():
-        return [int(packed[0])], np.zeros(len(packed), np.int64)
-    kinds, which = np.unique(packed, return_inverse=True)
-    return kinds.tolist(), which
+def _kinds(codes: IntArray) -> tuple[list[int], IntArray]:
+    """The different values, and which of them each is."""
+    if not len(codes):
+        return [], codes
+    low = int(codes.min())
+    span = int(codes.max()) - low + 1
+    if span > 4 * len(codes):
+        kinds, which = np.unique(codes, return_inverse=True)
+        return kinds.tolist(), which
+    # Most blocks hold few kinds close together: no need to sort.
+    present = np.zeros(span, bool)
+    present[codes - low] = True
+    rank = np.cumsum(present) - 1
+    return (np.flatnonzero(present) + low).tolist(), rank[codes - low]
 
 
 # ---- for a policy in plain Python ----------------------------------------------------------------

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,10 +43,13 @@ _INNER: dict[str, Any] = {
 
 def entry(function: F, *, allocates: bool = False) -> F:
     """Compile a function that Python calls, or load it if it was compiled before."""
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        # Compiled integers wrap around in silence.
+        return cast(F, np.errstate(over="ignore")(function))
     folder = cache_folder()
     options: dict[str, Any] = {} if allocates else dict(_LEAN)
     # numba asks for the folder when it decorates, and nowhere else.
-    config: Any = numba.config
     before = config.CACHE_DIR
     try:
         if folder is not None:
@@ -76,7 +80,7 @@ def _plainly(compile_as: Callable[[Any], Any]) -> Callable[[Any], Any]:
         plain = [types.int64 if isinstance(k, types.IntEnumMember) else k for k in plain]
         config: Any = numba.config
         before = config.OPT
-        config.OPT = int(os.environ.get("XOPT", "1"))
+        config.OPT = 1
         try:
             return compile_as(tuple(plain))
         finally:
@@ -127,15 +131,23 @@ def load(*calls: tuple[Any, Any]) -> None:
 
     Says on stderr that compiling takes a while, unless all of it was kept.
     """
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        return
     folder = cache_folder()
     if not all(_is_kept(function) for function, _ in calls):
-        where = "once for this version" if folder else "every time: no folder to keep it in"
-        print(f"moesim: compiling the fast engine, {where}", file=sys.stderr)
+        _announce("once for this version" if folder else "every time: no folder to keep it in")
     with _interruptible():
         for function, signature in calls:
             function.compile(signature)
     if folder is not None:
         _seal(folder)
+
+
+@cache
+def _announce(where: str) -> None:
+    """Said once a process."""
+    print(f"moesim: compiling the fast engine, {where}", file=sys.stderr)
 
 
 def _is_kept(function: Any) -> bool:

@@ -52,7 +52,7 @@ from moesim.protocol import PlainPolicy, Policy, Seat, SeatPolicy, restrict
 from moesim.tally import FATES, Counts, RequestTimes, Tally
 from moesim.timeline import LANES
 from moesim.types import NEVER, AnyArray, IntArray, Landed, Needs, Phase, Serve, State
-from moesim.workload import KnownFuture, Step, Work, context_tokens
+from moesim.workload import KnownFuture, Passes, Step, Work, context_tokens
 
 KEEPS: dict[type, Keep] = {
     LRU: Keep.LRU,
@@ -209,15 +209,22 @@ class FastEngine:
         if self._asked is not None:
             self._asked.block = made
         kernel.schedule_step(machine)
-        self._run(machine, made.steps)
-        for step, row in zip(made.steps, table.tolist(), strict=True):
-            self._account(step, row)
+        self._run(machine, made)
+        row = 0
+        for item in made.items:
+            if isinstance(item, Passes):
+                self._account_passes(item, table[row : row + item.steps])
+                row += item.steps
+            else:
+                self._account(item, table[row].tolist())
+                row += 1
+        self.tally.steps += row
 
     def idle(self, until_ns: int) -> None:
         """Serve nothing before a time."""
         self._machine.s[O.QUICK] = 0
         kernel.schedule_idle(self._machine, until_ns)
-        self._run(self._machine, ())
+        self._run(self._machine, None)
 
     def _is_quick(self, made: Block) -> bool:
         seats, options, s = self._seats, self.setup.options, self._machine.s
@@ -229,16 +236,16 @@ class FastEngine:
         longest = max(longest, int(s[O.LOAD]), int(s[O.SYNC]), int(s[O.PLAN]))
         return not seats.bypass and longest < LONGEST_CALM_NS
 
-    def _run(self, machine: M, steps: Sequence[Step]) -> None:
+    def _run(self, machine: M, made: Block | None) -> None:
         """Let the core run until the steps are done."""
         stopped = kernel.STEP_DONE
         while stopped != kernel.BLOCK_DONE:
             stopped = self._enter(machine, closed=stopped == kernel.STEP_DONE)
             self._drain(machine)
-            if stopped == kernel.STEP_BEGINS:
-                self._step_begins(steps[int(machine.s[S.STEP])])
-            elif stopped == kernel.STEP_ENDS:
-                self._step_ends(steps[int(machine.s[S.STEP]) - 1])
+            if stopped == kernel.STEP_BEGINS and made is not None:
+                self._step_begins(made.step(int(machine.s[S.STEP])))
+            elif stopped == kernel.STEP_ENDS and made is not None:
+                self._step_ends(made.step(int(machine.s[S.STEP]) - 1))
             elif stopped == kernel.FAILED:
                 assert self._asked is not None and self._asked.error is not None
                 raise self._asked.error
@@ -285,22 +292,35 @@ class FastEngine:
     def _account(self, step: Step, row: list[int]) -> None:
         """A step's share in the times of its requests, as the reference keeps them."""
         for part in step.parts:
-            work = part.work
-            if part.number == 0 and part.begins:
-                begin = row[T.BEGIN_NS]
-                arrival = begin if work.arrival_ns is None else work.arrival_ns
-                prompt = work.rows.facts.prompt_tokens or 0
-                self._times[work.index] = RequestTimes(work.rows.request, arrival, begin, prompt)
-            times = self._times[work.index]
+            times = self._times_of(part.work, row[T.BEGIN_NS])
             times.stall_ns += row[T.STALL_NS]
             times.misses += row[T.MISSES]
             if part.ends:
                 times.output_tokens += 1
                 if times.first_token_ns < 0:
                     times.first_token_ns = row[T.END_NS]
-                if part.number == work.iterations - 1:
+                if part.number == part.work.iterations - 1:
                     times.end_ns = row[T.END_NS]
-        self.tally.steps += 1
+
+    def _account_passes(self, passes: Passes, rows: IntArray) -> None:
+        """The same of many steps of one request."""
+        times = self._times_of(passes.work, int(rows[0, T.BEGIN_NS]))
+        times.stall_ns += int(rows[:, T.STALL_NS].sum())
+        times.misses += int(rows[:, T.MISSES].sum())
+        times.output_tokens += passes.steps
+        if times.first_token_ns < 0:
+            times.first_token_ns = int(rows[0, T.END_NS])
+        if passes.last == passes.work.iterations:
+            times.end_ns = int(rows[-1, T.END_NS])
+
+    def _times_of(self, work: Work, begin_ns: int) -> RequestTimes:
+        times = self._times.get(work.index)
+        if times is None:
+            arrival = begin_ns if work.arrival_ns is None else work.arrival_ns
+            prompt = work.rows.facts.prompt_tokens or 0
+            times = RequestTimes(work.rows.request, arrival, begin_ns, prompt)
+            self._times[work.index] = times
+        return times
 
     # ---- beginning and end -----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from moesim.engine.block import Block, BlockMaker
 from moesim.engine.setup import Setup
-from moesim.workload import DONE, STARVED, Idle, Step, Work
+from moesim.workload import DONE, STARVED, Idle, Passes, Step, Work
 
 BLOCK_EVENTS = 1 << 14
 """Layer events that are prepared at once: few enough that their demand stays in a CPU's cache."""
@@ -79,16 +79,15 @@ class Feed:
                 self._done = True
         return True
 
-    def _gather(self) -> tuple[list[Step], Idle | str | None]:
+    def _gather(self) -> tuple[list[Passes | Step], Idle | str | None]:
         """Steps that can be prepared now."""
-        steps: list[Step] = []
-        events = 0
-        while events < BLOCK_EVENTS:
-            step = self._scheduler.next_step(self._engines[0].now)
-            if not isinstance(step, Step):
-                return steps, step
-            steps.append(step)
-            events += self._layers
-            if self._timed:
-                break
-        return steps, None
+        some: list[Passes | Step] = []
+        most = 1 if self._timed else -(-BLOCK_EVENTS // self._layers)
+        left = most
+        while left > 0:
+            steps = self._scheduler.next_steps(self._engines[0].now, left)
+            if not isinstance(steps, Passes | Step):
+                return some, steps
+            some.append(steps)
+            left -= steps.steps if isinstance(steps, Passes) else 1
+        return some, None
