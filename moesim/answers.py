@@ -90,7 +90,9 @@ class Answers:
 
     def scores(self, keys: Sequence[int]) -> IntArray:
         """int64 worth of each key's expert now."""
-        experts = np.array([k % self._size for k in keys], np.int64)
+        experts = np.array(keys, np.int64)
+        if self._precisions > 1:
+            experts %= self._size
         worth = np.asarray(self.policy.scores(experts, self.event))
         if worth.shape != experts.shape or worth.dtype != np.int64:
             raise self._wrong(

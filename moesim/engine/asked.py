@@ -41,6 +41,12 @@ from moesim.types import (
 from moesim.view import Window
 from moesim.workload import Step, begin_facts, end_facts, union
 
+# Plain numbers: an enumeration's members are slow to look up where every layer event does it.
+EVENT, GATE_LAYER, GATE_STEP, N_DEMAND = map(int, (S.EVENT, S.GATE_LAYER, S.GATE_STEP, S.N_DEMAND))
+N_NOTES, N_CANDIDATES, LACKING = map(int, (S.N_NOTES, S.N_CANDIDATES, S.LACKING))
+FOREGROUND, NAMED, PREDICTED = map(int, (S.FOREGROUND, S.NAMED, S.PREDICTED))
+EXPERT, TOKENS, STATUS, PHASE = map(int, (D.EXPERT, D.TOKENS, D.STATUS, D.PHASE))
+
 MISS = int(Status.MISS)
 FETCH = int(Serve.FETCH)
 STOPPED = 0
@@ -59,11 +65,16 @@ class Asked:
         self.jobs = 0
         self._setup = setup
         self._m = machine
+        # What every layer event needs: a memory view gives plain numbers, and quickly.
+        self._s = memoryview(machine.s)
+        self._victim = memoryview(machine.q[Q.VICTIMS])
+        self._offered = machine.q[Q.CANDIDATES]
         self._size = setup.world.size
         self._bytes_of: list[int] = machine.k[K.BYTES, : len(machine.state)].tolist()
         self._cache_of: list[int] = machine.k[K.CACHE, : len(machine.state)].tolist()
         self.view = _view(setup, machine)
         self.answers = Answers(setup.policy, setup.world, self.view, self._bytes_of)
+        self._picky = setup.policy.bypass
         self._plan = NO_PLAN
         self._queued: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -93,7 +104,8 @@ class Asked:
         if self.error is not None:
             return STOPPED
         try:
-            self._hear()
+            if self._s[N_NOTES]:
+                self._hear()
             return self._answers[what](about)
         except BaseException as error:
             # Nothing may be raised through compiled code: it is left first.
@@ -104,11 +116,11 @@ class Asked:
     # ---- facts -----------------------------------------------------------------------------------
 
     def _hear(self) -> None:
-        m, size = self._m, self._size
-        count = int(m.s[S.N_NOTES])
+        count = self._s[N_NOTES]
         if not count:
             return
-        m.s[S.N_NOTES] = 0
+        self._s[N_NOTES] = 0
+        m, size = self._m, self._size
         tell = self.answers.policy.note
         for kind, key, event, ordinal, demand in m.heard[:count].tolist():
             precision, expert = divmod(key, size)
@@ -121,12 +133,11 @@ class Asked:
 
     def _source(self, row: int) -> LayerEvent:
         assert self.block is not None and self.block.sources is not None
-        m = self._m
-        event, layer = int(m.s[S.EVENT]), int(m.s[S.GATE_LAYER])
-        return self.block.sources.layer_event(row, event, int(m.s[S.GATE_STEP]), layer)
+        event, layer, step = self._s[EVENT], self._s[GATE_LAYER], self._s[GATE_STEP]
+        return self.block.sources.layer_event(row, event, step, layer)
 
     def _route(self, row: int) -> int:
-        self.answers.event = int(self._m.s[S.EVENT])
+        self.answers.event = self._s[EVENT]
         source = self._routed = self._source(row)
         chosen = self.answers.route(source)
         if chosen is not None:
@@ -154,23 +165,19 @@ class Asked:
         return known
 
     def _gate(self, row: int) -> int:
-        m = self._m
-        event = self.answers.event = int(m.s[S.EVENT])
-        n = int(m.s[S.N_DEMAND])
+        event = self.answers.event = self._s[EVENT]
+        n = self._s[N_DEMAND]
         source, self._routed = self._routed or self._source(row), None
-        gate = Gate(
-            source,
-            m.cur[D.EXPERT, :n].copy(),
-            m.cur[D.TOKENS, :n].copy(),
-            m.cur[D.STATUS, :n].astype(np.uint8),
-            m.cur[D.PHASE, :n].astype(np.uint8),
-        )
-        named = self._named.pop(event, None)
+        wanted = self._m.cur[:, :n].copy()
+        few = wanted.astype(np.uint8)
+        gate = Gate(source, wanted[EXPERT], wanted[TOKENS], few[STATUS], few[PHASE])
+        named = self._named.pop(event, None) if self._named else None
         if named is not None:
-            m.s[S.NAMED] += len(named)
-            m.s[S.PREDICTED] += len(named.intersection(gate.experts.tolist()))
+            self._s[NAMED] += len(named)
+            self._s[PREDICTED] += len(named.intersection(gate.experts.tolist()))
         plan = self.answers.plan(gate)
-        m.s[S.FOREGROUND] = self._setup.costs.job_ns(plan.foreground_ops, 0)
+        ops = plan.foreground_ops
+        self._s[FOREGROUND] = self._setup.costs.job_ns(ops, 0) if ops else 0
         if plan.serve:
             self._serve(gate, plan)
         self._plan = plan
@@ -250,8 +257,7 @@ class Asked:
     # ---- victims ---------------------------------------------------------------------------------
 
     def _candidates(self) -> list[int]:
-        m = self._m
-        keys: list[int] = m.q[Q.CANDIDATES, : m.s[S.N_CANDIDATES]].tolist()
+        keys: list[int] = self._offered[: self._s[N_CANDIDATES]].tolist()
         keys.sort()
         return keys
 
@@ -261,33 +267,25 @@ class Asked:
 
     def _choose(self, load: int) -> int:
         """``Link._choose`` among the candidates for a load, or for a smaller cache (-1)."""
-        m, keys, lacking = self._m, self._candidates(), int(self._m.s[S.LACKING])
-        if load >= 0 and m.k[K.IS_PREFETCH, load] and self.answers.policy.bypass and keys:
+        keys, lacking = self._candidates(), self._s[LACKING]
+        if self._picky and load >= 0 and self._m.k[K.IS_PREFETCH, load]:
             keys = self.answers.below(keys, load)
-        if load >= 0 and self._bytes(keys) + self._computed_bytes(load) < lacking:
-            return 0
+            if sum(self._bytes_of[key] for key in keys) < lacking:
+                return 0
+        ordered = self.answers.in_order(keys, lacking, self._why_not)
+        if len(ordered) == 1:
+            self._victim[0] = ordered[0]
+            return 1
         chosen: list[int] = []
-        for key in self.answers.in_order(keys, lacking, self._why_not):
+        for key in ordered:
             if lacking <= 0:
                 break
             chosen.append(key)
             lacking -= self._bytes_of[key]
         return self._victims(chosen)
 
-    def _bytes(self, keys: list[int]) -> int:
-        return sum(self._bytes_of[key] for key in keys)
-
-    def _computed_bytes(self, load: int) -> int:
-        """Bytes of the event's own experts that have computed; a prefetch may not have them."""
-        m = self._m
-        if m.k[K.IS_PREFETCH, load]:
-            return 0
-        released = m.q[Q.RELEASED, : m.s[S.R_COUNT]]
-        there = released[(m.state[released] == State.RESIDENT) & (m.k[K.PINNED, released] == 0)]
-        return self._bytes(there[m.k[K.CACHE, there] == m.k[K.CACHE, load]].tolist())
-
     def _lesser(self, key: int) -> int:
-        lacking = int(self._m.s[S.LACKING])
+        lacking = self._s[LACKING]
         keys = self.answers.lesser(self._candidates(), key, lacking)
         return -1 if keys is None else self._victims(keys)
 

@@ -245,14 +245,17 @@ class _Rows:
 
     def _add_slots(self, passes: Passes, counts: Sequence[int]) -> None:
         """Whose tokens each layer event has: those of the one request."""
-        work, block = passes.work, passes.work.passes[passes.first]
+        work = passes.work
+        block = work.passes[passes.first]
         for number, count in enumerate(counts, passes.first):
-            request, iteration = work.rows.request, work.iteration(number)
-            phase = work.phase(number)
-            for _ in range(count):
-                tokens = work.blocks[block + 1] - work.blocks[block]
-                self.slots.append((Slot(request, iteration, phase, 0, tokens),))
-                block += 1
+            iteration, phase = work.iteration(number), work.phase(number)
+            made: dict[int, tuple[Slot, ...]] = {}
+            for first in range(block, block + count):
+                tokens = work.blocks[first + 1] - work.blocks[first]
+                if tokens not in made:
+                    made[tokens] = (Slot(work.rows.request, iteration, phase, 0, tokens),)
+                self.slots.append(made[tokens])
+            block += count
 
     def _gathered(self, step: Step) -> IntArray:
         """A step of several requests, or of a chunk: layer by layer."""
@@ -441,7 +444,7 @@ class Sources:
             experts,
             None if self.weights is None else self.weights[first:last],
             None if self.gate is None else self.gate[first:last],
-            {distance: rows[first:last] for distance, rows in self.ahead.items()},
+            {d: rows[first:last] for d, rows in self.ahead.items()} if self.ahead else {},
             None if self.norms is None else self.norms[first:last],
         )
 

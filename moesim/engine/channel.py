@@ -255,8 +255,16 @@ def replaced(m: M, victim: int, lacking: int) -> int:
 
 @kernel
 def asked_for(m: M, cache: int, load: int, lacking: int) -> int:
-    """``choose_victims`` by a policy in plain Python."""
+    """``choose_victims`` by a policy in plain Python; it is not asked in vain."""
     candidates(m, cache, load, lacking)
+    enough = m.s[S.MAY_FREE]
+    if not m.k[K.IS_PREFETCH, load]:
+        for i in range(m.s[S.R_COUNT]):
+            victim = m.q[Q.RELEASED, i]
+            if is_released(m, victim, cache):
+                enough += m.k[K.BYTES, victim]
+    if enough < lacking or not m.s[S.N_CANDIDATES]:
+        return 0
     return ask(m, CHOOSE, load)
 
 
@@ -264,13 +272,16 @@ def asked_for(m: M, cache: int, load: int, lacking: int) -> int:
 def candidates(m: M, cache: int, load: int, lacking: int) -> None:
     """Fills the candidates, for Python to choose from."""
     n = 0
+    may_free = 0
     first = m.c[C.FIRST, cache]
     for at in range(first, first + m.c[C.RESIDENTS, cache]):
         key = m.q[Q.RESIDENT, at]
         if may_go(m, key, load):
             m.q[Q.CANDIDATES, n] = key
             n += 1
+            may_free += m.k[K.BYTES, key]
     m.s[S.N_CANDIDATES] = n
+    m.s[S.MAY_FREE] = may_free
     m.s[S.LACKING] = lacking
 
 

@@ -89,6 +89,8 @@ class S(_Rows):
     N_CANDIDATES = auto()
     LACKING = auto()
     """Bytes that must be freed."""
+    MAY_FREE = auto()
+    """Bytes of the candidates."""
     N_NOTES = auto()
     JOBS = auto()
     """Submitted and not yet done."""
