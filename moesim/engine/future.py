@@ -33,17 +33,16 @@ def foresee(steps: Iterable[Step], maker: BlockMaker, size: int) -> KnownFuture:
         If the temporary folder cannot hold it.
     """
     load(*load_block_functions(), *calls())
+    first, counts = np.full(size, NEVER, np.int64), np.zeros(size, np.int64)
     try:
-        ids, ends = _Column(np.dtype(np.int32)), _Column(np.dtype(np.int64))
-        counts = np.zeros(size, np.int64)
-        ends.add(np.zeros(1, np.int64))
-        for wanted, lengths in _demands(steps, maker):
-            ids.add(wanted)
-            ends.add(np.cumsum(lengths) + (ids.length - len(wanted)))
-            counts += np.bincount(wanted, minlength=size)
-        following = _Column(np.dtype(np.int64))
-        table = ends.mapped(), ids.mapped(), following.mapped(ids.length)
-        first = np.full(size, NEVER, np.int64)
+        # What is mapped stays when its file is closed.
+        with _Column(np.int64) as ends, _Column(np.int32) as ids, _Column(np.int64) as following:
+            ends.add(np.zeros(1, np.int64))
+            for wanted, lengths in _demands(steps, maker):
+                ends.add(np.cumsum(lengths) + ids.length)
+                ids.add(wanted)
+                counts += np.bincount(wanted, minlength=size)
+            table = ends.mapped(), ids.mapped(), following.mapped(ids.length)
         _look_back(*table, first)
     except OSError as error:
         raise UsageError(
@@ -77,10 +76,16 @@ def _demands(steps: Iterable[Step], maker: BlockMaker) -> Iterator[tuple[AnyArra
 class _Column:
     """Values in a file without a name."""
 
-    def __init__(self, kind: np.dtype[Any]) -> None:
+    def __init__(self, kind: type) -> None:
         self.length = 0
-        self._kind = kind
+        self._kind = np.dtype(kind)
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+
+    def __enter__(self) -> _Column:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, values: AnyArray) -> None:
         """Append."""
