@@ -17,12 +17,26 @@ from moesim.types import ExpertId, Gate, IntArray
 SHIFT = 24
 """Fraction bits of a score."""
 MOST = (1 << 38) - 1
+LINE_SHIFT = 20
+MOST_OF_LINE = (1 << 23) - 1
+STEEPEST = 1 << 38
 
 
 def worth(counts: IntArray, last: IntArray, event: int) -> IntArray:
     """Kernel: floor(2**24 * count / age)."""
     scores: IntArray = (np.minimum(counts, MOST) << SHIFT) // (event - last + 1)
     return scores
+
+
+def line(counts: IntArray, last: IntArray, slope: int) -> IntArray:
+    """Kernel: an order that time alone does not change (for keeping a heap).
+
+    2**20 times (ages a use * count + last touch), with ``slope`` = 2**20 ages a use. Whose line
+    lies at or beyond the next event has no more than so many ages a use, so it scores at least
+    2**44 / slope.
+    """
+    lines: IntArray = slope * np.minimum(counts, MOST_OF_LINE) + (last << LINE_SHIFT)
+    return lines
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 A load enters the probation segment; a hit moves it to the protected one, which holds at most a
 share of the slots and gives back its least recent member. Probation goes first.
+
+The protected experts of a cache are a list by recency, in two arrays that name each one's
+neighbours; the list's head lies behind the experts.
 """
 
 from __future__ import annotations
@@ -24,27 +27,37 @@ def worth(stamps: IntArray, protected: IntArray) -> IntArray:
     return stamps + PROTECTED * protected
 
 
-def promote(protected: IntArray, experts: IntArray, status: AnyArray) -> int:
-    """Kernel: hits become protected; how many were not."""
+def promote(
+    protected: IntArray,
+    before: IntArray,
+    after: IntArray,
+    head: int,
+    experts: IntArray,
+    status: AnyArray,
+) -> int:
+    """Kernel: hits become protected, the last of them the most recent; how many were not."""
     new = 0
     for i in range(len(experts)):
-        if status[i] == HIT and not protected[experts[i]]:
-            protected[experts[i]] = 1
-            new += 1
+        if status[i] == HIT:
+            expert = experts[i]
+            if protected[expert]:
+                before[after[expert]] = before[expert]
+                after[before[expert]] = after[expert]
+            else:
+                protected[expert] = 1
+                new += 1
+            before[expert] = before[head]
+            after[expert] = head
+            after[before[head]] = expert
+            before[head] = expert
     return new
 
 
-def shed(score: IntArray, protected: IntArray, clock: IntArray, first: int, last: int) -> int:
-    """Kernel: the least recent protected of experts ``first`` to ``last`` goes back to probation,
-    as its most recent; which."""
-    oldest = -1
-    for expert in range(first, last):
-        if protected[expert] and (oldest < 0 or score[expert] < score[oldest]):
-            oldest = expert
-    protected[oldest] = 0
-    clock[0] += 1
-    score[oldest] = clock[0]
-    return oldest
+def demote(protected: IntArray, before: IntArray, after: IntArray, expert: int) -> None:
+    """Kernel: a protected expert is so no more."""
+    protected[expert] = 0
+    before[after[expert]] = before[expert]
+    after[before[expert]] = after[expert]
 
 
 @dataclass
@@ -66,28 +79,38 @@ class SLRU(LRU):
         """Everything is on probation."""
         super().begin(world)
         caches = world.layers if world.scope == "layer" else 1
+        self.size = world.size
         self.span = world.size // caches
         self.segment = np.zeros(world.size, np.int64)
+        self.before = np.arange(world.size + caches)
+        self.after = np.arange(world.size + caches)
         self.held = [0] * caches
         self.limit = [int(self.protected * world.slots(cache)) for cache in range(caches)]
 
     def gate(self, gate: Gate) -> None:
-        """Hits are promoted; all are touched; the protected segment sheds what is too much."""
+        """Hits are promoted; all are touched; the protected segment sheds what is too much, least
+        recent first, as the most recent of probation."""
         if not len(gate.experts):
             return
         cache = int(gate.experts[0]) // self.span
-        self.held[cache] += promote(self.segment, gate.experts, gate.status)
+        head = self.size + cache
+        self.held[cache] += promote(
+            self.segment, self.before, self.after, head, gate.experts, gate.status
+        )
         touch(self.score, self.clock, gate.experts)
-        first = cache * self.span
         while self.held[cache] > self.limit[cache]:
-            self.held[cache] -= 1
-            shed(self.score, self.segment, self.clock, first, first + self.span)
+            oldest = int(self.after[head])
+            self._demote(oldest)
+            touch(self.score, self.clock, np.array([oldest]))
 
     def note(self, fact: Note) -> None:
         """What went starts again on probation."""
         if isinstance(fact, Evicted) and self.segment[fact.expert]:
-            self.segment[fact.expert] = 0
-            self.held[fact.expert // self.span] -= 1
+            self._demote(fact.expert)
+
+    def _demote(self, expert: int) -> None:
+        demote(self.segment, self.before, self.after, expert)
+        self.held[expert // self.span] -= 1
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Probation below the protected, each by last touch."""

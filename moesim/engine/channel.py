@@ -324,7 +324,7 @@ def link_grant(m: M) -> None:
     """``Link._next`` and the beginning of ``_send``."""
     pick = -1
     if m.s[S.D_HEAD] != m.s[S.D_TAIL]:
-        head = m.q[Q.DEMAND, m.s[S.D_HEAD] % m.q.shape[1]]
+        head = m.q[Q.DEMAND, m.s[S.D_HEAD] & m.s[O.RING]]
         ok = 1
         if not m.k[K.IS_ISSUED, head]:
             ok = issue(m, head)
@@ -403,13 +403,13 @@ def landed(m: M, key: int) -> None:
     if m.k[K.IS_DEMANDED, key]:
         # Out of the demand queue: the head, unless one under way was promoted behind it.
         i = m.s[S.D_HEAD]
-        while m.q[Q.DEMAND, i % m.q.shape[1]] != key:
+        while m.q[Q.DEMAND, i & m.s[O.RING]] != key:
             i += 1
         while i > m.s[S.D_HEAD]:
-            m.q[Q.DEMAND, i % m.q.shape[1]] = m.q[Q.DEMAND, (i - 1) % m.q.shape[1]]
+            m.q[Q.DEMAND, i & m.s[O.RING]] = m.q[Q.DEMAND, (i - 1) & m.s[O.RING]]
             i -= 1
         m.s[S.D_HEAD] += 1
-        m.q[Q.ARRIVED, m.s[S.A_TAIL] % m.q.shape[1]] = key
+        m.q[Q.ARRIVED, m.s[S.A_TAIL] & m.s[O.RING]] = key
         m.s[S.A_TAIL] += 1
         notify(m)
     else:

@@ -1,12 +1,14 @@
 """numba's decorators, with a cache that notices every edit and types that a checker keeps.
 
 numba's own on-disk cache looks at a function's own file only: an edit in a callee goes unnoticed.
-So the compiled code lies in a folder named by a digest of all sources that it is made of.
+So the compiled code lies in a folder named by a digest of all sources that it is made of. Loading
+runs what lies there: each file has a checksum, and one process at a time looks or adds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -14,13 +16,17 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
+import llvmlite
 import numba
 import numpy as np
+from llvmlite.binding import get_host_cpu_name
+from numba.core.caching import NullCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,11 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
 """What compiled code is made of, below the package."""
 
-SEAL = ".sha256"
+SEAL, LOCK = ".sha256", "lock"
+
+LONGEST_WAIT_S = 180.0
+"""After this another process that compiles is taken to hang."""
 
 # Nothing is allocated in the core, and counting references to the machine's arrays at every call
-# would cost more than the work.
-_LEAN: dict[str, Any] = {"_nrt": False}
+# would cost more than the work; nor can anything be raised, which each call would look for.
+_LEAN: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
 _INNER: dict[str, Any] = {
     **_LEAN,
     "no_cpython_wrapper": True,
@@ -42,22 +51,13 @@ _INNER: dict[str, Any] = {
 
 
 def entry(function: F, *, allocates: bool = False) -> F:
-    """Compile a function that Python calls, or load it if it was compiled before."""
+    """Compile a function that Python calls. ``load`` it before it is called."""
     config: Any = numba.config
     if config.DISABLE_JIT:
         # Compiled integers wrap around in silence.
-        return cast(F, np.errstate(over="ignore")(function))
-    folder = cache_folder()
-    options: dict[str, Any] = {} if allocates else dict(_LEAN)
-    # numba asks for the folder when it decorates, and nowhere else.
-    before = config.CACHE_DIR
-    try:
-        if folder is not None:
-            config.CACHE_DIR = str(folder)
-        compiler: Any = numba.njit(cache=folder is not None, **options)
-        return cast(F, compiler(function))
-    finally:
-        config.CACHE_DIR = before
+        return np.errstate(over="ignore")(function)
+    compiler: Any = numba.njit(**({} if allocates else _LEAN))
+    return cast(F, compiler(function))
 
 
 def kernel(function: F) -> F:
@@ -95,11 +95,8 @@ def cache_folder() -> Path | None:
 
     None if none of them can be written: then every process compiles for itself.
     """
-    given = os.environ.get("MOESIM_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    shared = Path(tempfile.gettempdir()) / f"moesim-{os.getuid()}"
-    for place in [given] if given else [home, shared]:
-        top = Path(place) / "moesim"
+    for place in _places():
+        top = place / "moesim"
         folder = top / source_digest()
         try:
             top.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,17 +105,30 @@ def cache_folder() -> Path | None:
                 continue
             folder.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                _distrust(folder)
                 return folder
         except OSError:
             continue
     return None
 
 
+def _places() -> Iterator[Path]:
+    given = os.environ.get("MOESIM_CACHE")
+    if given:
+        yield Path(given)
+        return
+    # Neither a home nor a temporary folder need exist.
+    with contextlib.suppress(RuntimeError):
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.gettempdir()) / f"moesim-{os.getuid()}"
+
+
 @cache
 def source_digest() -> str:
-    """16 hex digits over all sources of compiled code, numba and Python."""
-    total = hashlib.sha256(f"{numba.__version__} {platform.python_version()}".encode())
+    """16 hex digits over all sources of compiled code, what compiles them, and its settings."""
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    versions = numba.__version__, llvmlite.__version__, platform.python_version()
+    total = hashlib.sha256(f"{versions} {get_host_cpu_name()} {settings}".encode())
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             total.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -127,7 +137,7 @@ def source_digest() -> str:
 
 @cache
 def load(*calls: tuple[Any, Any]) -> None:
-    """Compile functions for the arguments that they will get, or load what was kept; then seal it.
+    """Compile functions for the arguments that they will get, or load what was kept.
 
     Says on stderr that compiling takes a while, unless all of it was kept.
     """
@@ -135,25 +145,90 @@ def load(*calls: tuple[Any, Any]) -> None:
     if config.DISABLE_JIT:
         return
     folder = cache_folder()
-    if not all(_is_kept(function) for function, _ in calls):
-        _announce("once for this version" if folder else "every time: no folder to keep it in")
-    with _interruptible():
+    with _interruptible(), _alone(folder):
+        if folder is not None:
+            _distrust(folder)
+            for function, _ in calls:
+                _keep(function, folder)
+        if not all(_is_kept(function) for function, _ in calls):
+            _announce("once for this version" if folder else "every time: no folder to keep it in")
         for function, signature in calls:
-            function.compile(signature)
-    if folder is not None:
-        _seal(folder)
+            _compile(function, signature)
+
+
+def _compile(function: Any, signature: Any) -> None:
+    """Compile it, or load it; then seal what was written, and look at files no more."""
+    compiled_before = function.stats.cache_misses.total()
+    try:
+        function.compile(signature)
+        if function.stats.cache_misses.total() > compiled_before:
+            _seal(_files(function))
+    except OSError as error:
+        told = error.strerror or type(error).__name__
+        _tell(f"compiled code cannot be kept in {cache_folder()} ({told})")
+        function._cache = NullCache()
+        function.compile(signature)
+    function._cache = NullCache()
+
+
+def _keep(function: Any, folder: Path) -> None:
+    """Have numba keep a function in the folder, or nowhere."""
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)
+    try:
+        function.enable_caching()
+    except RuntimeError:
+        # It found no place at all.
+        return
+    finally:
+        config.CACHE_DIR = before
+    if not Path(function._cache.cache_path).is_relative_to(folder):
+        function._cache = NullCache()
+
+
+def _is_kept(function: Any) -> bool:
+    return {path.suffix for path in _files(function)} >= {".nbi", ".nbc"}
+
+
+def _files(function: Any) -> list[Path]:
+    """What was kept of a function."""
+    folder = function._cache.cache_path
+    name = function.py_func.__qualname__
+    return [] if folder is None else [*Path(folder).glob(f"*.{name}-*.nb?")]
 
 
 @cache
 def _announce(where: str) -> None:
-    """Said once a process."""
-    print(f"moesim: compiling the fast engine, {where}", file=sys.stderr)
+    _tell(f"compiling the fast engine, {where}")
 
 
-def _is_kept(function: Any) -> bool:
-    path = getattr(function._cache, "cache_path", None)
-    name = function.py_func.__qualname__
-    return path is not None and any(Path(path).glob(f"*.{name}-*.nbc"))
+@cache
+def _tell(what: str) -> None:
+    """Once in a process."""
+    print(f"moesim: {what}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """One process at a time: what another is writing has no seal yet."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                _await(stack.enter_context((folder / LOCK).open("w")))
+        yield
+
+
+def _await(file: IO[str]) -> None:
+    """Lock a file; or go on without, which costs no more than compiling twice."""
+    deadline = time.monotonic() + LONGEST_WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            _tell("waiting for another process that compiles the fast engine")
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -177,13 +252,12 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _seal(folder: Path) -> None:
+def _seal(files: Iterable[Path]) -> None:
     """Put a checksum beside each kept file: damaged machine code must never be run."""
-    for path in folder.rglob("*.nb?"):
-        with contextlib.suppress(OSError):
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            beside.write_text(_checksum(path))
-            beside.replace(path.with_name(path.name + SEAL))
+    for path in files:
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_bytes(_checksum(path))
+        beside.replace(path.with_name(path.name + SEAL))
 
 
 def _distrust(folder: Path) -> None:
@@ -191,9 +265,9 @@ def _distrust(folder: Path) -> None:
     for path in folder.rglob("*.nb?"):
         seal = path.with_name(path.name + SEAL)
         with contextlib.suppress(OSError):
-            if not seal.exists() or seal.read_text() != _checksum(path):
+            if not seal.exists() or seal.read_bytes() != _checksum(path):
                 path.unlink()
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _checksum(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()

@@ -87,8 +87,14 @@ ORDERS: dict[Keep, Order] = {
     Keep.SLRU: Order.HEAP,
     Keep.FIXED: Order.HEAP,
     Keep.MIN: Order.HEAP,
+    Keep.LFU_DECAY: Order.HEAP,
+    Keep.LFRU: Order.HEAP,
+    Keep.LEAST_STALE: Order.HEAP,
 }
-"""How residents are kept for a keep seat; where every score moves with time, in no order."""
+"""How residents are kept for a keep seat; where every score is drawn anew, in no order."""
+
+BY_LAYER = (Keep.LFU_DECAY, Keep.LEAST_STALE)
+"""Keep seats that order the experts of one layer alone; a cache has a heap for each of them."""
 
 FEW_SLOTS = 16
 """Up to so many residents a search among all of them is quicker than a heap."""
@@ -370,7 +376,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     looks_ahead = seats is not None and isinstance(seats.prefetch, LookAhead)
     wishes = experts * (distance + 1 if looks_ahead else 2)
     workers = setup.costs.hardware.host.workers
-    width = max(keys, 2 * experts + 2, workers + 1)
+    width = 1 << (max(keys, 2 * experts + 2, workers + 1) - 1).bit_length()
     starts, wanted = _future(future if looks_ahead else None)
     machine = M(
         s=_scalars(setup, seats, sizes),
@@ -378,7 +384,8 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         k=_keys(setup, seats, sizes),
         c=_caches(setup, seats, keys),
         w=np.zeros((len(W), workers), np.int64),
-        q=np.zeros((len(Q), width), np.int64),
+        # Rows a power of two apart would share the same few lines of a CPU's cache.
+        q=np.zeros((len(Q), width + 24), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
         ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
         named=np.full((distance + 2, experts + 2), -1, np.int64),
@@ -398,6 +405,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     )
     heads = keys + np.arange(caches)
     machine.k[K.BEFORE, heads] = machine.k[K.AFTER, heads] = heads
+    machine.s[O.RING] = width - 1
     machine.s[O.RUN_EVENTS] = len(starts) - 1
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
@@ -422,6 +430,7 @@ def _scalars(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> In
     s[O.LAYERS], s[O.EXPERTS], s[O.SIZE] = world.layers, world.experts, world.size
     s[O.KEYS] = world.expert_bytes.size * world.experts
     s[O.CACHES] = len(world.capacity_bytes)
+    s[O.HEAPS] = 1
     s[O.BYPASS] = setup.policy.bypass
     s[O.BARRIER] = options.order == "barrier"
     s[O.STAGING] = world.top_k
@@ -451,6 +460,8 @@ def _choose_seats(s: IntArray, seats: SeatPolicy, setup: Setup) -> None:
     s[O.DISTANCE] = getattr(prefetch, "distance", 1)
     s[O.CANCEL] = getattr(prefetch, "cancel", False)
     s[O.FACTOR] = getattr(keep, "factor", 0)
+    if s[O.KEEP] in BY_LAYER:
+        s[O.HEAPS] = setup.world.layers // len(setup.world.capacity_bytes)
     s[O.ORDER] = setup.options.residents
     if s[O.ORDER] < 0:
         s[O.ORDER] = _order(KEEPS[type(keep)], setup)
@@ -483,7 +494,9 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
     for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED, K.REPLACES):
         whole[name] = -1
     k = whole[:, :keys]
-    k[K.CACHE] = ledger.cache_of
+    k[K.CACHE] = k[K.HEAP] = ledger.cache_of
+    if seats is not None and KEEPS[type(seats.keep)] in BY_LAYER:
+        k[K.HEAP] = np.arange(keys) % world.size // world.experts
     k[K.BYTES] = ledger.bytes_of
     k[K.COPY] = ledger.copy_bytes
     places = k[K.CACHE] + k[K.BYTES] * len(world.capacity_bytes)
@@ -502,10 +515,13 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
 
 def _caches(setup: Setup, seats: SeatPolicy | None, keys: int) -> IntArray:
     caches = len(setup.world.capacity_bytes)
-    c = np.zeros((len(C), caches), np.int64)
-    c[C.CAPACITY] = c[C.WHOLE] = setup.world.capacity_bytes
-    c[C.FIRST] = np.arange(caches) * (keys // caches)
-    c[C.LIMIT] = getattr(seats.keep, "limit", 0) if seats else 0
+    by_layer = seats is not None and KEEPS[type(seats.keep)] in BY_LAYER
+    heaps = setup.world.layers if by_layer else caches
+    c = np.zeros((len(C), heaps), np.int64)
+    c[C.HEAP] = np.arange(heaps) * (keys // heaps)
+    c[C.CAPACITY, :caches] = c[C.WHOLE, :caches] = setup.world.capacity_bytes
+    c[C.FIRST, :caches] = np.arange(caches) * (keys // caches)
+    c[C.LIMIT, :caches] = getattr(seats.keep, "limit", 0) if seats else 0
     return c
 
 

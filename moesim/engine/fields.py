@@ -149,8 +149,12 @@ class O(IntEnum):  # noqa: E742
     SIZE = auto()
     KEYS = auto()
     CACHES = auto()
+    RING = auto()
+    """Width of the queues less one; the width is a power of two."""
     ORDER = auto()
     """How the residents of a cache are kept in order (``Order``)."""
+    HEAPS = auto()
+    """How many heaps a cache has."""
     QUICK = auto()
     """A layer event without waves may be served in closed form."""
     UNIT = auto()
@@ -199,12 +203,13 @@ class K(_Rows):
     ROW = auto()
     """Its row in that event's demand."""
     AT = auto()
-    """Its place among its cache's residents, unless they are a list."""
+    """Its place among its cache's residents, or in its heap; not where they are a list."""
+    HEAP = auto()
+    """The heap that it belongs to: one for each cache, or for each layer."""
     BEFORE = auto()
-    """In a list: the resident that goes before it, or the head of its cache's list."""
+    """In a list: the resident that goes before it, or the head of its cache's list. In SLRU the
+    list of the protected ones."""
     AFTER = auto()
-    RANK = auto()
-    """In a heap: its score when it was last put in its place."""
     EVENT = auto()
     """The layer event that asked for its load."""
     ORDINAL = auto()
@@ -258,6 +263,20 @@ class C(_Rows):
     RESIDENTS = auto()
     FIRST = auto()
     """Its first place in the array of residents."""
+    HEAP = auto()
+    """Of a heap: its first place in that array."""
+    HEAPED = auto()
+    """Of a heap: how many it holds."""
+    SLOPE = auto()
+    """Of a heap of LFRU: what a use adds to a rank."""
+    CEILING = auto()
+    """Of a heap of LFRU: what lies beyond the newest rank scores at least so much."""
+    SHARP = auto()
+    """Of a heap of LFRU: how close the ceiling is put to the least score."""
+    SPENT = auto()
+    """Of a heap of LFRU: residents looked at in vain since the slope was chosen."""
+    LEAST = auto()
+    """Of a heap of LFRU: the least score found last."""
     PROTECTED = auto()
     LIMIT = auto()
 
@@ -351,7 +370,9 @@ class Q(_Rows):
     ASLEEP = auto()
     """Ring: workers without work."""
     RESIDENT = auto()
-    """Residents, cache after cache."""
+    """Residents, cache after cache or heap after heap."""
+    RANK = auto()
+    """The rank that each resident in a heap had when it was last put in its place."""
     VICTIMS = auto()
     FULL = auto()
     """Places without room, while the link looks for what may go."""
@@ -413,7 +434,8 @@ class Order(IntEnum):
     LIST = 1
     """In a list by score: for scores that a touch raises above all others."""
     HEAP = 2
-    """In a heap by (score, key): for scores that only their own expert's touches change."""
+    """In heaps by (rank, key), where a score has a rank that only its own expert's touches change,
+    or that all of a heap change alike."""
 
 
 class Ask(IntEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.engine.compiled import kernel
-from moesim.engine.fields import C, D, Keep, O, Q, S, X
+from moesim.engine.fields import C, D, K, Keep, O, Order, Q, S, X
 from moesim.engine.machine import MISS, A, M, hash3
 from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru
 
@@ -19,10 +19,11 @@ _stamp = kernel(lfu.stamp)
 _fade = kernel(lfu_decay.fade)
 _decayed = kernel(lfu_decay.worth)
 _lfru = kernel(lfru.worth)
+_line = kernel(lfru.line)
 _stale = kernel(least_stale.worth)
 _slru = kernel(slru.worth)
 _promote = kernel(slru.promote)
-_shed = kernel(slru.shed)
+_demote = kernel(slru.demote)
 
 
 @kernel
@@ -39,10 +40,38 @@ def worth(m: M, key: int) -> A:
     if keep == Keep.LFRU:
         return np.int64(_lfru(m.k[X.COUNT, key], m.k[X.LAST, key], m.s[S.EVENT]))
     if keep == Keep.LEAST_STALE:
-        layer = key // m.s[O.EXPERTS]
+        layer = m.k[K.HEAP, key]
         step, here = m.s[S.GATE_STEP], m.s[S.GATE_LAYER]
         return np.int64(_stale(m.k[X.SCORE, key], m.k[X.LAST, key], step, layer, here))
     return np.int64(hash3(m.s[O.SEED], m.s[S.EVENT], key) >> np.uint64(2))
+
+
+@kernel
+def rank(m: M, key: int) -> A:
+    """What places an expert in its heap. It falls for no touch, but in MIN and where SLRU sheds."""
+    keep = m.s[O.KEEP]
+    if keep == Keep.LFU_DECAY:
+        return np.int64(m.k[X.COUNT, key])
+    if keep == Keep.LFRU:
+        slope = m.c[C.SLOPE, m.k[K.HEAP, key]]
+        return np.int64(_line(m.k[X.COUNT, key], m.k[X.LAST, key], slope))
+    if keep == Keep.SLRU:
+        return np.int64(_slru(m.k[X.SCORE, key], m.k[X.SEGMENT, key]))
+    return np.int64(m.k[X.SCORE, key])
+
+
+@kernel
+def least_below(m: M, heap: A, placed: A, value: A) -> A:
+    """What those below a place of a heap score at least; ``value`` is the score of the one there,
+    ``placed`` its rank. Where it is less than that score, ties are not in order of the key."""
+    keep = m.s[O.KEEP]
+    if keep == Keep.LFU_DECAY:
+        # Counts that fade to the same one stay in whatever order their stamps have.
+        return np.int64((placed << lfu.STAMP_BITS) - 1)
+    if keep == Keep.LFRU:
+        newest = (m.s[S.EVENT] + 1) << lfru.LINE_SHIFT
+        return np.int64(m.c[C.CEILING, heap] - 1 if placed >= newest else -1)
+    return np.int64(value)
 
 
 @kernel
@@ -62,8 +91,12 @@ def keep_gate(m: M) -> None:
     elif keep == Keep.LFU or keep == Keep.LFU_INCACHE:
         _count(score, m.k[X.COUNT], clock, experts)
     elif keep == Keep.LFU_DECAY:
-        first = m.s[S.GATE_LAYER] * m.s[O.EXPERTS]
+        layer = m.s[S.GATE_LAYER]
+        first = layer * m.s[O.EXPERTS]
         _fade(m.k[X.COUNT, first : first + m.s[O.EXPERTS]], m.s[O.FACTOR])
+        if m.s[O.ORDER] == Order.HEAP:
+            place = m.c[C.HEAP, layer]
+            _fade(m.q[Q.RANK, place : place + m.c[C.HEAPED, layer]], m.s[O.FACTOR])
         for i in range(n):
             m.k[X.COUNT, experts[i]] += lfu_decay.ONE
         _touch(score, clock, experts)
@@ -77,8 +110,11 @@ def keep_gate(m: M) -> None:
             m.k[X.LAST, experts[i]] = m.s[S.GATE_STEP]
     elif keep == Keep.SLRU:
         if n:
-            cache = experts[0] // (m.s[O.SIZE] // m.s[O.CACHES])
-            m.c[C.PROTECTED, cache] += _promote(m.k[X.SEGMENT], experts, m.cur[D.STATUS, :n])
+            cache = m.k[K.CACHE, experts[0]]
+            head = m.s[O.KEYS] + cache
+            m.c[C.PROTECTED, cache] += _promote(
+                m.k[X.SEGMENT], m.k[K.BEFORE], m.k[K.AFTER], head, experts, m.cur[D.STATUS, :n]
+            )
             _touch(score, clock, experts)
     elif keep == Keep.MIN:
         for i in range(n):
@@ -90,13 +126,21 @@ def keep_shed(m: M) -> int:
     """After a gate: the next resident that loses its place in a segment; -1 if none does."""
     if m.s[O.KEEP] != Keep.SLRU or not m.s[S.N_DEMAND]:
         return -1
-    span = m.s[O.SIZE] // m.s[O.CACHES]
-    cache = m.cur[D.EXPERT, 0] // span
+    cache = m.k[K.CACHE, m.cur[D.EXPERT, 0]]
     if m.c[C.PROTECTED, cache] <= m.c[C.LIMIT, cache]:
         return -1
-    m.c[C.PROTECTED, cache] -= 1
-    clock = m.s[S.CLOCK : S.CLOCK + 1]
-    return _shed(m.k[X.SCORE], m.k[X.SEGMENT], clock, cache * span, (cache + 1) * span)
+    oldest = m.k[K.AFTER, m.s[O.KEYS] + cache]
+    unprotect(m, oldest)
+    m.q[Q.ONE, 0] = oldest
+    _touch(m.k[X.SCORE], m.s[S.CLOCK : S.CLOCK + 1], m.q[Q.ONE, :1])
+    return int(oldest)
+
+
+@kernel
+def unprotect(m: M, key: int) -> None:
+    """``SLRU._demote``."""
+    _demote(m.k[X.SEGMENT], m.k[K.BEFORE], m.k[K.AFTER], key)
+    m.c[C.PROTECTED, m.k[K.CACHE, key]] -= 1
 
 
 @kernel
@@ -122,5 +166,4 @@ def keep_evicted(m: M, key: int) -> None:
     if m.s[O.KEEP] == Keep.LFU_INCACHE:
         m.k[X.COUNT, key] = 0
     elif m.s[O.KEEP] == Keep.SLRU and m.k[X.SEGMENT, key]:
-        m.k[X.SEGMENT, key] = 0
-        m.c[C.PROTECTED, key // (m.s[O.SIZE] // m.s[O.CACHES])] -= 1
+        unprotect(m, key)

@@ -162,7 +162,7 @@ def claim(m: M) -> None:
             m.k[K.IS_DEMANDED, key] = 1
             m.k[K.IS_CANCELLED, key] = 0
             p_remove(m, key)
-            m.q[Q.DEMAND, m.s[S.D_TAIL] % m.q.shape[1]] = key
+            m.q[Q.DEMAND, m.s[S.D_TAIL] & m.s[O.RING]] = key
             m.s[S.D_TAIL] += 1
             m.s[S.LATE] += 1
             m.s[S.LATE_BYTES] += m.k[K.COPY, key]
@@ -200,7 +200,7 @@ def demand(m: M) -> None:
             m.s[S.SERVED_CPU] += 1
             m.s[S.CPU_RUNNING] += 1
             m.k[K.CPU_NS, key] = m.cur[D.CPU_NS, i]
-            m.q[Q.HOST, m.s[S.H_TAIL] % m.q.shape[1]] = key
+            m.q[Q.HOST, m.s[S.H_TAIL] & m.s[O.RING]] = key
             m.s[S.H_TAIL] += 1
         else:
             m.s[S.SERVED_SKIP] += 1
@@ -209,7 +209,7 @@ def demand(m: M) -> None:
         if m.cur[D.STATUS, i] == MISS and m.cur[D.SERVE, i] == FETCH:
             key = m.cur[D.EXPERT, i]
             m.state[key] = QUEUED
-            m.q[Q.DEMAND, m.s[S.D_TAIL] % m.q.shape[1]] = key
+            m.q[Q.DEMAND, m.s[S.D_TAIL] & m.s[O.RING]] = key
             m.s[S.D_TAIL] += 1
     m.s[S.WAITING] = waiting
 
@@ -441,7 +441,7 @@ def next_expert(m: M) -> bool:
         if m.s[S.A_HEAD] == m.s[S.A_TAIL]:
             wait(m, Does.STALLED)
             return True
-        key = m.q[Q.ARRIVED, m.s[S.A_HEAD] % m.q.shape[1]]
+        key = m.q[Q.ARRIVED, m.s[S.A_HEAD] & m.s[O.RING]]
         m.s[S.A_HEAD] += 1
         m.s[S.COMPUTED] += 1
         m.s[S.C_KEY] = key
@@ -526,7 +526,7 @@ def worker(m: M, i: int) -> None:
         m.s[S.JOBS] -= 1
         ask(m, JOB_DONE, i)
     if m.s[S.H_HEAD] != m.s[S.H_TAIL]:
-        key = m.q[Q.HOST, m.s[S.H_HEAD] % m.q.shape[1]]
+        key = m.q[Q.HOST, m.s[S.H_HEAD] & m.s[O.RING]]
         m.s[S.H_HEAD] += 1
         worker_pending(m, i, m.k[K.CPU_NS, key], COMPUTE_DONE, key)
     elif m.s[S.JOBS_QUEUED]:
@@ -535,5 +535,5 @@ def worker(m: M, i: int) -> None:
     else:
         m.w[W.TIME, i] = FAR
         m.s[S.AWAKE] -= 1
-        m.q[Q.ASLEEP, m.s[S.ASLEEP_TAIL] % m.q.shape[1]] = i
+        m.q[Q.ASLEEP, m.s[S.ASLEEP_TAIL] & m.s[O.RING]] = i
         m.s[S.ASLEEP_TAIL] += 1

@@ -2,9 +2,10 @@
 
 Three ways to keep them, chosen by the seat and the capacity; what they answer is the same: the
 candidate of smallest (score, key). Searching all residents is quickest where they are few. A list
-serves scores that a touch raises above all others (LRU, FIFO). A heap serves scores that only
-their own expert's touches change; it is lazy upwards: a score that grew is put in its place when
-somebody looks.
+serves scores that a touch raises above all others (LRU, FIFO). Heaps serve scores in whose order a
+*rank* can be found that only their own expert's touches change, or that all of a heap change alike
+(``moesim.engine.keep``): for most seats the score itself. A heap is lazy upwards: a rank that grew
+is put in its place when somebody looks.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.engine.compiled import kernel
-from moesim.engine.fields import C, D, K, O, Order, Q, S, X
-from moesim.engine.keep import keep_shed, worth
+from moesim.engine.fields import C, D, K, Keep, O, Order, Q, S, X
+from moesim.engine.keep import keep_shed, least_below, rank, worth
 from moesim.engine.machine import FAR, HIT, RESIDENT, A, M
+from moesim.policies import lfru
 
 SCAN, LIST, HEAP = (int(order) for order in Order)
+
+ENOUGH = 128
+"""Residents that a search may look at before it counts as looking in vain."""
 
 
 @kernel
@@ -29,12 +34,14 @@ def enter(m: M, key: int) -> None:
     order = m.s[O.ORDER]
     if order == LIST:
         thread(m, key)
-        return
-    m.q[Q.RESIDENT, m.c[C.FIRST, cache] + at] = key
-    m.k[K.AT, key] = at
-    if order == HEAP:
-        m.k[K.RANK, key] = worth(m, key)
-        rise(m, cache, key)
+    elif order == HEAP:
+        heap = m.k[K.HEAP, key]
+        at = m.c[C.HEAPED, heap]
+        m.c[C.HEAPED, heap] = at + 1
+        rise(m, m.c[C.HEAP, heap], at, key, rank(m, key))
+    else:
+        m.q[Q.RESIDENT, m.c[C.FIRST, cache] + at] = key
+        m.k[K.AT, key] = at
 
 
 @kernel
@@ -43,44 +50,52 @@ def leave(m: M, key: int) -> None:
     cache = m.k[K.CACHE, key]
     last = m.c[C.RESIDENTS, cache] - 1
     m.c[C.RESIDENTS, cache] = last
-    if m.s[O.ORDER] == LIST:
-        unthread(m, key)
-        return
-    first = m.c[C.FIRST, cache]
-    at = m.k[K.AT, key]
-    other = m.q[Q.RESIDENT, first + last]
-    m.q[Q.RESIDENT, first + at] = other
-    m.k[K.AT, other] = at
-    if m.s[O.ORDER] == HEAP and at < last:
-        rise(m, cache, other)
-        sink(m, cache, other)
-
-
-@kernel
-def moved(m: M, key: int) -> None:
-    """The score of a resident changed."""
     order = m.s[O.ORDER]
     if order == LIST:
         unthread(m, key)
-        thread(m, key)
-    elif order == HEAP:
-        value = worth(m, key)
-        if value < m.k[K.RANK, key]:
-            m.k[K.RANK, key] = value
-            rise(m, m.k[K.CACHE, key], key)
+        return
+    at = m.k[K.AT, key]
+    if order == HEAP:
+        heap = m.k[K.HEAP, key]
+        first = m.c[C.HEAP, heap]
+        last = m.c[C.HEAPED, heap] - 1
+        m.c[C.HEAPED, heap] = last
+        other = m.q[Q.RESIDENT, first + last]
+        if at < last:
+            mine = m.q[Q.RANK, first + last]
+            at = rise(m, first, at, other, mine)
+            sink(m, first, last, at, other, mine)
+    else:
+        first = m.c[C.FIRST, cache]
+        other = m.q[Q.RESIDENT, first + last]
+        m.q[Q.RESIDENT, first + at] = other
+        m.k[K.AT, other] = at
 
 
 @kernel
 def reorder(m: M) -> None:
     """The scores of the demand have changed, and perhaps those of what a segment sheds."""
-    for i in range(m.s[S.N_DEMAND]):
-        key = m.cur[D.EXPERT, i]
-        if m.cur[D.STATUS, i] == HIT:
-            moved(m, key)
-    key = keep_shed(m)
-    while key >= 0:
-        moved(m, key)
-        key = keep_shed(m)
+    order, keep = m.s[O.ORDER], m.s[O.KEEP]
+    n = m.s[S.N_DEMAND]
+    if order == LIST and keep == Keep.LRU:
+        for i in range(n):
+            if m.cur[D.STATUS, i] == HIT:
+                unthread(m, m.cur[D.EXPERT, i])
+                thread(m, m.cur[D.EXPERT, i])
+    if keep == Keep.LFRU and n and order == HEAP:
+        steer(m, m.k[K.HEAP, m.cur[D.EXPERT, 0]])
+    # Of all ranks only these may fall.
+    i = 0
+    while (i < n and keep == Keep.MIN) or keep == Keep.SLRU:
+        key = m.cur[D.EXPERT, i] if keep == Keep.MIN else keep_shed(m)
+        if key < 0:
+            break
+        if order == HEAP and m.state[key] == RESIDENT:
+            first, at = m.c[C.HEAP, m.k[K.HEAP, key]], m.k[K.AT, key]
+            mine = rank(m, key)
+            if mine < m.q[Q.RANK, first + at]:
+                rise(m, first, at, key, mine)
+        i += 1
 
 
 # ---- a list --------------------------------------------------------------------------------------
@@ -116,52 +131,68 @@ def unthread(m: M, key: int) -> None:
 
 
 @kernel
-def goes_before(m: M, key: int, other: int) -> bool:
-    """Whether a key's rank is the smaller."""
-    mine, its = m.k[K.RANK, key], m.k[K.RANK, other]
-    return bool(mine < its or (mine == its and key < other))
+def put(m: M, first: A, at: A, key: A, mine: A) -> None:
+    """Put a key of a rank in a place."""
+    m.q[Q.RESIDENT, first + at] = key
+    m.q[Q.RANK, first + at] = mine
+    m.k[K.AT, key] = at
 
 
 @kernel
-def rise(m: M, cache: int, key: int) -> None:
-    """Move a key up to its place."""
-    first = m.c[C.FIRST, cache]
-    at = m.k[K.AT, key]
+def rise(m: M, first: A, at: A, key: A, mine: A) -> A:
+    """Put a key where it belongs, at a free place or above it; where."""
     while at > 0:
         above = (at - 1) >> 2
-        other = m.q[Q.RESIDENT, first + above]
-        if not goes_before(m, key, other):
+        other, its = m.q[Q.RESIDENT, first + above], m.q[Q.RANK, first + above]
+        if its < mine or (its == mine and other < key):
             break
-        m.q[Q.RESIDENT, first + at] = other
-        m.k[K.AT, other] = at
+        put(m, first, at, other, its)
         at = above
-    m.q[Q.RESIDENT, first + at] = key
-    m.k[K.AT, key] = at
+    put(m, first, at, key, mine)
+    return at
 
 
 @kernel
-def sink(m: M, cache: int, key: int) -> None:
-    """Move a key down to its place."""
-    first, n = m.c[C.FIRST, cache], m.c[C.RESIDENTS, cache]
-    at = m.k[K.AT, key]
+def sink(m: M, first: A, n: A, at: A, key: A, mine: A) -> None:
+    """Put a key where it belongs, at its place or below it, in a heap of ``n``."""
     while True:
-        child = 4 * at + 1
-        if child >= n:
+        where = 4 * at + 1
+        if where >= n:
             break
-        least = m.q[Q.RESIDENT, first + child]
-        where = child
-        for i in range(child + 1, min(child + 4, n)):
-            other = m.q[Q.RESIDENT, first + i]
-            if goes_before(m, other, least):
-                least = other
-                where = i
-        if not goes_before(m, least, key):
+        its = m.q[Q.RANK, first + where]
+        for i in range(where + 1, min(where + 4, n)):
+            next_one = m.q[Q.RANK, first + i]
+            if next_one < its or (
+                next_one == its and m.q[Q.RESIDENT, first + i] < m.q[Q.RESIDENT, first + where]
+            ):
+                its, where = next_one, i
+        least = m.q[Q.RESIDENT, first + where]
+        if mine < its or (mine == its and key < least):
             break
-        m.q[Q.RESIDENT, first + at] = least
-        m.k[K.AT, least] = at
+        put(m, first, at, least, its)
         at = where
-    m.q[Q.RESIDENT, first + at] = key
-    m.k[K.AT, key] = at
+    put(m, first, at, key, mine)
+
+
+@kernel
+def steer(m: M, heap: A) -> None:
+    """Choose a new slope for a heap of LFRU where too many were looked at in vain. No answer
+    depends on the slope: it decides how few lie above the ceiling."""
+    n = m.c[C.HEAPED, heap]
+    if m.c[C.SPENT, heap] <= n:
+        return
+    m.c[C.SPENT, heap] = 0
+    least = m.c[C.LEAST, heap]
+    wide = m.c[C.CEILING, heap] > least
+    m.c[C.SHARP, heap] = max(1, min(20, m.c[C.SHARP, heap] + (1 if wide else -1)))
+    ceiling = least + (least >> m.c[C.SHARP, heap]) + 1
+    slope = max(1, min(lfru.STEEPEST, (1 << lfru.SHIFT + lfru.LINE_SHIFT) // ceiling))
+    m.c[C.SLOPE, heap] = slope
+    m.c[C.CEILING, heap] = (1 << lfru.SHIFT + lfru.LINE_SHIFT) // slope
+    first = m.c[C.HEAP, heap]
+    for at in range(n):
+        key = m.q[Q.RESIDENT, first + at]
+        rise(m, first, at, key, rank(m, key))
 
 
 # ---- who may go ----------------------------------------------------------------------------------
@@ -253,7 +284,7 @@ def place_of_least(m: M, first: A, last: A) -> A:
     """Where among the residents the least of those stands that the layer event does not demand;
     for stored scores, where nothing else may not go."""
     place = first
-    best = np.uint64(0)
+    best = np.uint64(1 << 62)
     least = FAR
     for at in range(first, last):
         key = np.uint64(m.q[Q.RESIDENT, at])
@@ -268,31 +299,44 @@ def place_of_least(m: M, first: A, last: A) -> A:
 @kernel
 def next_in_heap(m: M, cache: int, load: int, behind: int) -> int:
     """The least candidate: down through those that may not go, and no further than needed."""
-    first, n = m.c[C.FIRST, cache], m.c[C.RESIDENTS, cache]
     floor = m.s[S.FLOOR]
     best = -1
     least = 0
-    m.q[Q.STACK, 0] = 0
-    top = 1 if n else 0
+    top = 0
+    for root in range(cache * m.s[O.HEAPS], (cache + 1) * m.s[O.HEAPS]):
+        if m.c[C.HEAPED, root]:
+            m.q[Q.STACK, top] = m.c[C.HEAP, root]
+            top += 1
+    seen = 0
     while top:
         top -= 1
-        at = m.q[Q.STACK, top]
-        key = m.q[Q.RESIDENT, first + at]
-        value = worth(m, key)
-        if value > m.k[K.RANK, key]:
-            m.k[K.RANK, key] = value
-            sink(m, cache, key)
+        seen += 1
+        place = m.q[Q.STACK, top]
+        key = m.q[Q.RESIDENT, place]
+        at = m.k[K.AT, key]
+        heap = m.k[K.HEAP, key]
+        n = m.c[C.HEAPED, heap]
+        mine = rank(m, key)
+        if mine > m.q[Q.RANK, place]:
+            sink(m, place - at, n, at, key, mine)
             top += 1
             continue
-        if best >= 0 and (value > least or (value == least and key > best)):
+        value = worth(m, key)
+        below = least_below(m, heap, mine, value)
+        if best >= 0 and (below > least or (below == least and key > best)):
             continue
         taken = behind >= 0 and (value < floor or (value == floor and key <= behind))
-        if not taken and may_go(m, key, load):
+        better = best < 0 or value < least or (value == least and key < best)
+        if better and not taken and may_go(m, key, load):
             best = key
             least = value
-            continue
+            if below == value:
+                continue
         for child in range(4 * at + 1, min(4 * at + 5, n)):
-            m.q[Q.STACK, top] = child
+            m.q[Q.STACK, top] = place - at + child
             top += 1
     m.s[S.FLOOR] = least
+    if m.s[O.KEEP] == Keep.LFRU:
+        m.c[C.LEAST, cache] = least
+        m.c[C.SPENT, cache] += max(0, seen - ENOUGH)
     return best

@@ -267,9 +267,15 @@ def quick_event(m: M, row: int) -> bool:
     touch(m, row)
     if dense_ns >= 0:
         now += m.s[O.PLAN]
-    end = computed_at(m, first, last, misses, now)
     if misses:
+        for i in range(first, last):
+            m.k[K.MEMBER, m.ids[i]] = m.s[S.EVENT]
+        end = computed_at(m, first, last, misses, now)
         load(m, first, last, cache, now)
+    else:
+        end = now
+        for i in range(first, last):
+            end += m.dem[D.NS, i]
     m.s[S.NOW] = end
     if m.s[O.LOG]:
         log_end(m, end)
@@ -320,8 +326,6 @@ def touch(m: M, row: int) -> None:
             m.cur[D.NEXT_USE, i] = m.dem[D.NEXT_USE, first + i]
         keep_gate(m)
         reorder(m)
-    for expert in experts:
-        m.k[K.MEMBER, expert] = m.s[S.EVENT]
 
 
 @kernel
@@ -331,14 +335,15 @@ def computed_at(m: M, first: A, last: A, misses: int, now: int) -> A:
     end = now
     landing = now
     stall = 0
-    if misses and m.s[O.BARRIER]:
+    if m.s[O.BARRIER]:
         stall = misses * m.s[O.LOAD]
         end += stall
-        landing = end
-    for i in range(first, last):
-        if m.state[m.ids[i]] == RESIDENT or m.s[O.BARRIER]:
+        for i in range(first, last):
             end += m.dem[D.NS, i]
-    if misses and not m.s[O.BARRIER]:
+    else:
+        for i in range(first, last):
+            if m.state[m.ids[i]] == RESIDENT:
+                end += m.dem[D.NS, i]
         for i in range(first, last):
             if m.state[m.ids[i]] != RESIDENT:
                 landing += m.s[O.LOAD]

@@ -91,7 +91,7 @@ def reprioritise(m: M, key: int, priority: int) -> None:
 def wake_worker(m: M) -> None:
     """``Host._wake``."""
     if m.s[S.ASLEEP_HEAD] != m.s[S.ASLEEP_TAIL]:
-        i = m.q[Q.ASLEEP, m.s[S.ASLEEP_HEAD] % m.q.shape[1]]
+        i = m.q[Q.ASLEEP, m.s[S.ASLEEP_HEAD] & m.s[O.RING]]
         m.s[S.ASLEEP_HEAD] += 1
         m.s[S.AWAKE] += 1
         worker_pending(m, i, 0, WORKER_DONE, IDLE_KEY)
