@@ -89,7 +89,8 @@ def test_routing_of_the_main_model_is_learned() -> None:
     model, tokenizer, shape, report = loaded("demo")
     held = {}
     for name, text in demo_models.CHECK_TEXTS.items():
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        ids = ids[: len(ids) // 2 * 2].view(2, -1)
         held[name] = {"input_ids": ids, "labels": ids}
     trained = demo_measure.measure(model, shape, held)
     untrained = demo_measure.measure(build(shape, 0), shape, held)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ PAIR_ROWS: Final = STEP_TOKENS // (demo_pairs.TEXT_TOKENS + demo_pairs.SUMMARY_T
 MILLION_TOKENS: Final = {
     "demo": 3.0,
     "demo-dense": 3.0,
-    "demo-mixtral": 1.6,
-    "demo-qwen": 1.6,
-    "demo-switch": 1.8,
+    "demo-mixtral": 1.0,
+    "demo-qwen": 0.6,
+    "demo-switch": 1.4,
 }
+RATE: Final = {"demo-switch": 5e-3}
+"""Peak learning rate where it is not 0.002."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_train)
     one = commands.add_parser("evaluate", help="measure models; write report.json and the card")
     one.add_argument("names", nargs="+", choices=sorted(SHAPES), metavar="NAME")
-    one.add_argument("--models", type=Path, help="the folder of models (default: the work folder)")
-    one.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    one.add_argument("--ship", type=Path, metavar="DIR", help="also copy the model to DIR/NAME")
+    one.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     one.set_defaults(run=_evaluate)
     return parser
 
@@ -147,7 +150,8 @@ def _train_one(shape: Shape, args: argparse.Namespace) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     million = args.million_tokens or MILLION_TOKENS[shape.name]
-    plan = Plan(round(million * 1e6 / STEP_TOKENS), STEP_TOKENS, args.seed)
+    steps = round(million * 1e6 / STEP_TOKENS)
+    plan = Plan(steps, STEP_TOKENS, args.seed, RATE.get(shape.name, 2e-3))
     path = work / ("pairs.safetensors" if shape.pairs else "tokens.safetensors")
     folder = work / "runs" / shape.name
     batches = (_pair_batches if shape.pairs else _batches)(path, plan)
@@ -203,6 +207,7 @@ def _write_model(model: Any, work: Path, folder: Path) -> None:
 
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(work / "tokenizer").save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -212,8 +217,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     for name in args.names:
-        own = args.work / "runs" / name / "model"
-        report = evaluate(shape_of(name), args.work, args.models / name if args.models else own)
+        folder = args.work / "runs" / name / "model"
+        report = evaluate(shape_of(name), args.work, folder)
+        if args.ship:
+            shutil.copytree(folder, args.ship / name, dirs_exist_ok=True)
         print(json.dumps({"name": name, "loss": report["mean_loss"], "laws": report["laws"]}))
 
 

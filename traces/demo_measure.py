@@ -68,8 +68,8 @@ class _Routed:
 def measure(model: Any, shape: Shape, held: Mapping[str, Any]) -> Measured:
     """Run the model over each topic's held-out batch.
 
-    `held` maps a topic to the model's arguments, whose first half of rows comes from other
-    documents than the second half.
+    `held` maps a topic to the model's arguments, two rows or more, whose first half of rows comes
+    from other documents than the second half.
     """
     import torch
 

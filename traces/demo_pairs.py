@@ -26,8 +26,8 @@ from moesim.traces.demo_text import TOPICS, from_roff, is_held, raw_files
 Pair = tuple[str, str]
 Ids = npt.NDArray[np.uint16]
 
-TEXT_TOKENS: Final = 224
-SUMMARY_TOKENS: Final = 32
+TEXT_TOKENS: Final = 96
+SUMMARY_TOKENS: Final = 24
 IGNORED: Final = -100
 """The label of padding."""
 _TEXT_CHARS: Final = 1500

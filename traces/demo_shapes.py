@@ -65,7 +65,16 @@ def build(shape: Shape, seed: int) -> Any:
     config = _CONFIGS[shape.family](shape)
     kind = "AutoModelForSeq2SeqLM" if shape.pairs else "AutoModelForCausalLM"
     model: Any = getattr(transformers, kind).from_config(config, dtype=torch.float32)
+    if shape.family == "switch":
+        _calm_routers(model)
     return model
+
+
+def _calm_routers(model: Any) -> None:
+    # As the class draws them, untrained Switch routers are sure of one expert for every token.
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            parameter.data.mul_(0.1)
 
 
 def _olmoe(shape: Shape) -> Any:
@@ -120,8 +129,6 @@ def _switch(shape: Shape) -> Any:
         num_heads=shape.heads,
         num_experts=shape.experts,
         expert_capacity=CONTEXT,
-        # At 1 the untrained routers are already sure of themselves.
-        initializer_factor=0.3,
         router_jitter_noise=0.0,
         dropout_rate=0.0,
         pad_token_id=PAD,

@@ -45,7 +45,7 @@ class Plan:
     clip: float = 1.0
     balance: float = 0.05
     z_loss: float = 1e-3
-    save_every_steps: int = 200
+    save_every_steps: int = 50
 
 
 @dataclass(slots=True)
