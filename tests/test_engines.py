@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.engine.fast import KEEPS, SERVES, WISHES, FastEngine, compiled
 from moesim.engine.reference import ReferenceEngine
+from moesim.engine.setup import Options
 from moesim.errors import UsageError
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
@@ -20,7 +21,7 @@ from moesim.policy import PlainPolicy
 from moesim.registry import resolve, seat_class
 from moesim.types import Needs
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
-from tests.strategies import Case, cases, machine, specs
+from tests.strategies import Case, cases, decode_case, machine, specs
 from tests.test_laws import mixed_case
 
 
@@ -101,6 +102,21 @@ def test_i8_in_flat_mode_an_access_knows_its_own_token_alone(keep: str) -> None:
             options=replace(case.options, flat=True),
         )
         equal(tight, "next-gate", f"keep={keep}", f"prefetch.cancel={cancel}")
+
+
+@pytest.mark.parametrize("keep", ["lru", "lfu"])
+def test_i8_a_pause_of_the_core_loses_nothing(keep: str) -> None:
+    """The core pauses after many events, whatever it is doing; closed forms do not pause."""
+    rng = np.random.default_rng(4)
+    tokens = [[rng.permutation(8)[:3].tolist() for _ in range(2)] for _ in range(12_000)]
+    hardware = machine(latency_ns=7, dense_ns=2, expert_ns=3)
+    case = decode_case(tokens, 8, 4, hardware, options=Options())
+    counted = []
+    for quick in (True, False):
+        setup = setup_of(replace(case, options=Options(quick=quick)), spec_of(keep).build())
+        counted.append(asdict(drive(FastEngine(setup), works_of(case))))  # type: ignore[arg-type]
+    assert counted[0] == counted[1]
+    assert counted[0]["events"] == 24_000
 
 
 def test_the_clock_has_an_end() -> None:

@@ -262,9 +262,11 @@ class FastEngine:
         """The core until it stops; in closed form first, where that may be and a step begins."""
         began = time.perf_counter_ns()
         stopped = kernel.BLOCK_DONE
-        if closed and machine.s[O.QUICK]:
+        quick = closed and machine.s[O.QUICK]
+        if quick:
             quick_steps(machine)
-        if machine.s[S.C_TIME] != NEVER:
+        # While the compute lane waits for the link it has no event of its own, and yet goes on.
+        if not quick or machine.s[S.STEP] < len(machine.st):
             stopped = kernel.run(machine)
         self.core_ns += time.perf_counter_ns() - began
         return stopped
