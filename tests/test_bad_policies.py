@@ -139,7 +139,7 @@ def outcome(engine: Any, where: str, answer: Callable[..., Any]) -> tuple[type, 
     """What a run with a wrong policy ends with."""
     case = mixed_case(np.random.default_rng(3))
     tight = replace(case, capacity_bytes=(max(case.booked()) * 2,))
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what is asked
+    with pytest.raises(Exception) as caught:
         drive(engine(setup_of(tight, Wrong(where, answer))), works_of(tight))  # type: ignore[arg-type]
     # SimPy raises a copy.
     return type(caught.value.__cause__ or caught.value), str(caught.value)

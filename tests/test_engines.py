@@ -108,9 +108,9 @@ def test_i8_in_flat_mode_an_access_knows_its_own_token_alone(keep: str) -> None:
 def test_i8_a_pause_of_the_core_loses_nothing(keep: str) -> None:
     """The core pauses after many events, whatever it is doing; closed forms do not pause."""
     rng = np.random.default_rng(4)
-    tokens = [[rng.permutation(8)[:3].tolist() for _ in range(2)] for _ in range(12_000)]
-    hardware = machine(latency_ns=7, dense_ns=2, expert_ns=3)
-    case = decode_case(tokens, 8, 4, hardware, options=Options())
+    tokens = [[rng.permutation(16)[:6].tolist() for _ in range(2)] for _ in range(12_000)]
+    hardware = machine(latency_ns=7, dense_ns=1, expert_ns=1)
+    case = decode_case(tokens, 16, 6, hardware, options=Options())
     counted = []
     for quick in (True, False):
         setup = setup_of(replace(case, options=Options(quick=quick)), spec_of(keep).build())

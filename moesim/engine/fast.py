@@ -381,7 +381,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     width = 1 << (max(keys, 2 * experts + 2, workers + 1) - 1).bit_length()
     starts, wanted = _future(future if looks_ahead else None)
     machine = M(
-        s=_scalars(setup, seats, sizes),
+        s=_scalars(setup, seats),
         state=np.full(keys, State.ABSENT, np.uint8),
         k=_keys(setup, seats, sizes),
         c=_caches(setup, seats, keys),
@@ -422,9 +422,11 @@ def _curves(chunk_ends: Sequence[tuple[int, ...]]) -> IntArray:
     return ends
 
 
-def _scalars(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntArray:
+def _scalars(setup: Setup, seats: SeatPolicy | None) -> IntArray:
     world, options, costs = setup.world, setup.options, setup.costs
-    equal = len(sizes) == 1
+    # Built-in seats ask for full precision alone.
+    asked = world.expert_bytes if seats is None else world.expert_bytes[0]
+    equal = int(asked.min()) == int(asked.max())
     s = np.zeros(len(S) + len(O), np.int64)
     s[S.EVENT] = s[S.L_KEY] = -1
     s[S.C_TIME] = s[S.L_TIME] = NEVER
@@ -445,7 +447,7 @@ def _scalars(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> In
     s[O.LOG] = options.log
     s[O.ONE_VICTIM] = equal and not options.share_kv
     if equal:
-        s[O.UNIT], s[O.LOAD] = sizes[0], costs.load_ns(sizes[0])
+        s[O.UNIT], s[O.LOAD] = int(asked.min()), costs.load_ns(int(asked.min()))
     if seats is None:
         s[O.ROUTES] = setup.policy.lossy
         s[O.LISTENS] = listens(setup.policy)
@@ -472,7 +474,7 @@ def _choose_seats(s: IntArray, seats: SeatPolicy, setup: Setup) -> None:
 def _order(keep: Keep, setup: Setup) -> Order:
     """How residents are kept; the answer does not depend on it."""
     order = ORDERS.get(keep, Order.SCAN)
-    smallest = int(setup.world.expert_bytes.min())
+    smallest = int(setup.world.expert_bytes[0].min())
     slots = max(setup.world.capacity_bytes) // max(1, smallest)
     return Order.SCAN if order == Order.HEAP and slots <= FEW_SLOTS else order
 
