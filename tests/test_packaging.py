@@ -228,6 +228,8 @@ def test_the_wheel_is_whole_and_holds_nothing_else(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in {".py", ".toml", ".parquet", ".typed"} and not _linked(path)
     }
+    models = [path for path in (ROOT / "traces" / "models").rglob("*") if path.is_file()]
+    expected |= {f"moesim/{path.relative_to(ROOT).as_posix()}" for path in models}
     assert inside == expected
     assert {"moesim/py.typed", "moesim/traces/samples/demo.parquet"} <= inside
     assert {f"{info}entry_points.txt", f"{info}licenses/LICENSE"} <= names

@@ -106,7 +106,9 @@ def test_two_commands_set_up_and_do(
     for name in words[words.index("--policy") + 1].split(","):
         assert len(re.findall(rf"^ {name} ", out, re.MULTILINE)) == 3
     *setup, job = tests.split(" && ")
-    assert setup == ["python3 -m venv .venv", ".venv/bin/pip install -e '.[test]'"]
+    assert setup[0] == "python3 -m venv .venv"
+    assert re.fullmatch(r"\.venv/bin/pip install torch==[0-9.]+", setup[1])
+    assert setup[2:] == [".venv/bin/pip install -e '.[test,record,real]'"]
     assert job == ".venv/bin/python -m pytest"
 
 
