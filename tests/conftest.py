@@ -20,7 +20,14 @@ def compiled() -> None:
     from moesim.replay import Request, replay
     from moesim.traces.samples import trace_path
 
-    replay(Request(trace=trace_path("demo"), hardware=load_hardware("rtx4090"), limit=1))
+    # One that sees the future as well: what tells it is compiled apart.
+    request = Request(
+        trace=trace_path("demo"),
+        hardware=load_hardware("rtx4090"),
+        policies=("lru", "min"),
+        limit=1,
+    )
+    replay(request)
 
 
 @pytest.fixture(scope="session")
