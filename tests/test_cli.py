@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moesim.cli import main
+from moesim.cli.interrupt import heard
+from moesim.cli.progress import requests_progress
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
 from moesim.traces.schema import METADATA_KEY
@@ -837,3 +840,28 @@ def test_a_real_process_agrees(tiny: Path, answer: Answer) -> None:
     ended = run_cli("replay", "--trace", tiny, "--policy", "lrx")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "did you mean lru" in one_line(ended.stderr)
+
+
+def test_a_ctrl_c_that_a_library_swallows_ends_the_command_all_the_same() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with heard(), requests_progress("work") as progress:
+            progress(1, 3)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                progress(2, 3)
+        with heard(), requests_progress("work") as progress:
+            progress(1, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_replay_does_not_wait_for_pandas() -> None:
+    code = (
+        "import sys; from moesim.cli import main; main(sys.argv[1:]); "
+        "assert not {'pandas', 'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    words = ["replay", "--trace", "demo", "--limit", "1", "--engine", "reference", "--json"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True)
+    assert ended.returncode == 0, ended.stderr

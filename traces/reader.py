@@ -334,16 +334,25 @@ def _dense(name: str, column: pa.Array) -> npt.NDArray[Any]:
         return _phases(column)
     if pa.types.is_fixed_size_list(column.type):
         return _matrix(name, column)
-    values: npt.NDArray[Any] = column.to_numpy()
-    return values
+    return _numbers(column)
+
+
+def _numbers(array: pa.Array) -> npt.NDArray[Any]:
+    """The values of an array without nulls, where they are. ``to_numpy`` would import pandas,
+    which takes longer than many a replay, and a Ctrl-C would be lost in it."""
+    kind = np.dtype(array.type.to_pandas_dtype())
+    buffer = array.buffers()[1]
+    if buffer is None:
+        return np.zeros(0, kind)
+    first = array.offset
+    return np.frombuffer(buffer, kind, len(array) + first)[first:]
 
 
 def _matrix(name: str, column: pa.Array) -> npt.NDArray[Any]:
     values = column.flatten()  # honours the slice's offset, which `.values` does not
     if values.null_count or len(values) != len(column) * column.type.list_size:
         raise TraceError(f"column {name!r} has nulls; it must have a value on every row")
-    flat: npt.NDArray[Any] = values.to_numpy()
-    return flat.reshape(len(column), column.type.list_size)
+    return _numbers(values).reshape(len(column), column.type.list_size)
 
 
 def _phases(column: pa.Array) -> Uint8s:
@@ -352,16 +361,16 @@ def _phases(column: pa.Array) -> Uint8s:
     if unknown:
         raise TraceError(f"phase {unknown[0]!r} is not one of {', '.join(PHASES)}")
     codes: Uint8s = np.array([PHASES.index(word) for word in words], dtype=np.uint8)
-    phases: Uint8s = codes[column.indices.to_numpy()]
+    phases: Uint8s = codes[_numbers(column.indices)]
     phases.flags.writeable = False
     return phases
 
 
 def _tokens(column: pa.Array) -> Int32s:
     if column.null_count == 0:
-        tokens: Int32s = column.to_numpy()
+        tokens: Int32s = _numbers(column)
     else:
-        tokens = column.fill_null(-1).to_numpy()
+        tokens = _numbers(column.fill_null(-1))
     return tokens
 
 
@@ -369,7 +378,7 @@ def _present(column: pa.Array) -> Iterator[tuple[int, Any]]:
     """Yield (row, value) where the column is not null."""
     if column.null_count == len(column):
         return
-    rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)).tolist()
+    rows = np.flatnonzero(_numbers(column.is_valid().cast(pa.uint8()))).tolist()
     values = column.drop_null()
     if not pa.types.is_list(column.type):
         yield from zip(rows, values.to_pylist(), strict=True)
@@ -377,8 +386,8 @@ def _present(column: pa.Array) -> Iterator[tuple[int, Any]]:
     inner = values.flatten()
     if inner.null_count:
         raise TraceError("an embedding has a null inside")
-    flat = inner.to_numpy()
-    ends = np.cumsum(values.value_lengths().to_numpy())
+    flat = _numbers(inner)
+    ends = np.cumsum(_numbers(values.value_lengths()))
     yield from zip(rows, np.split(flat, ends[:-1]), strict=True)
 
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from moesim import __version__
+from moesim.cli.interrupt import heard
 from moesim.errors import MoesimError
 
 INTERRUPTED = 130
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     try:
         args = parser().parse_args(argv)
-        code: int = args.func(args)
+        with heard():
+            code: int = args.func(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from moesim.cli.interrupt import check
 
 EVERY_S = 10.0
 """Seconds between lines where stderr is no terminal."""
@@ -15,12 +17,14 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def requests_progress(what: str) -> Iterator[Progress]:
-    """A function to call with (requests done, requests in all)."""
-    if sys.stderr.isatty():
-        with _bar(what) as update:
-            yield update
-    else:
-        yield _lines(what)
+    """A function to call with (requests done, requests in all). It also hears Ctrl-C."""
+    with _bar(what) if sys.stderr.isatty() else nullcontext(_lines(what)) as show:
+
+        def update(done: int, total: int) -> None:
+            check()
+            show(done, total)
+
+        yield update
 
 
 @contextmanager
