@@ -10,7 +10,7 @@ ablation swaps a seat and never forks a policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Protocol
 
@@ -22,6 +22,7 @@ from moesim.types import (
     AnyArray,
     ExpertId,
     Fact,
+    Forecast,
     Gate,
     IntArray,
     LayerEvent,
@@ -72,6 +73,10 @@ class World:
     capacity_bytes : one number (scope "global") or one per layer (scope "layer").
     decode_from : first layer of a decoding pass (after an encoder's layers, if there is one).
     calibration : int64 [layers * experts] uses on the calibration trace (``Needs.CALIBRATION``).
+    expert_norms : int64 [layers * experts] in 1/16384, norm of each expert's weights
+        (``Needs.NORMS``).
+    past : the facts of past requests, as a policy would have heard them (``Needs.PAST``); None
+        where there are none.
     """
 
     layers: int
@@ -84,6 +89,8 @@ class World:
     seed: int = 0
     costs: CostTable | None = None
     calibration: IntArray | None = None
+    expert_norms: IntArray | None = None
+    past: Callable[[], Iterable[Fact]] | None = None
     future: Future | None = None
 
     @property
@@ -204,6 +211,9 @@ class KeepSeat(Seat):
     def planned(self, experts: Sequence[ExpertId]) -> None:
         """Absent experts that were just planned as prefetches, in order, after all demand."""
 
+    def expected(self, forecast: Forecast) -> None:
+        """What the prefetch seat now expects of a layer."""
+
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """int64 score of each expert; ``event`` is the newest layer event."""
         return self.score[experts]
@@ -313,6 +323,8 @@ class SeatPolicy:
                 if states[p.expert] == State.ABSENT and p.expert not in asked
             ]
             self.keep.planned(absent)
+        for forecast in plan.forecasts:
+            self.keep.expected(forecast)
         if isinstance(fact, Gate):
             serve = self.miss.serve(fact, cache)
             if serve:
@@ -380,6 +392,8 @@ def restrict(world: World, needs: Needs) -> World:
         world,
         costs=world.costs if Needs.COSTS in needs else None,
         calibration=world.calibration if Needs.CALIBRATION in needs else None,
+        expert_norms=world.expert_norms if Needs.NORMS in needs else None,
+        past=world.past if Needs.PAST in needs else None,
         future=world.future if Needs.FUTURE in needs else None,
     )
 

@@ -90,6 +90,8 @@ class Needs(Flag):
     """How often each expert was used on a calibration trace."""
     FUTURE = auto()
     """The rest of the trace. The result is a bound, never ranked as a policy."""
+    PAST = auto()
+    """Requests of the past to learn from, where there are any (``--split``, ``--calibration``)."""
 
 
 # ---- facts ---------------------------------------------------------------------------------------
@@ -259,6 +261,18 @@ class Prefetch(NamedTuple):
     replaces: ExpertId = -1
 
 
+class Forecast(NamedTuple):
+    """What a prefetch seat expects of a layer.
+
+    probabilities : int64 [E] in 1/16384; of a batch, the largest of its requests.
+    chosen : int64 [n] local ids that it would prefetch, best first.
+    """
+
+    layer: int
+    probabilities: AnyArray
+    chosen: AnyArray
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Background work: its declared size is charged, its result comes back as ``JobDone``."""
@@ -274,6 +288,7 @@ class Plan:
 
     serve : missing expert -> how; absent ones are fetched.
     foreground_ops : operations charged on the critical path of this layer event.
+    forecasts : for the other seats of the policy alone; a host does not look at them.
     """
 
     prefetches: Sequence[Prefetch] = ()
@@ -282,6 +297,7 @@ class Plan:
     serve: Mapping[ExpertId, Serve] = field(default_factory=dict)
     jobs: Sequence[Job] = ()
     foreground_ops: int = 0
+    forecasts: Sequence[Forecast] = ()
 
 
 NO_PLAN = Plan()
