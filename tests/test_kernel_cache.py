@@ -1,6 +1,6 @@
 """Compiled code that was kept is run only if it is what was kept, for these very sources.
 
-Most tests keep small functions of their own (``SOURCE``) by ``moesim.engine.compiled``, each in a
+Most tests keep small functions of their own (``SOURCE``) by ``moesim.compiled``, each in a
 fresh process, as a user's commands would.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import numba
 import pytest
 
-from moesim.engine import compiled
+from moesim import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ compiles = pytest.mark.skipif(
 )
 
 CALLEE = """
-from moesim.engine.compiled import kernel
+from moesim.compiled import kernel
 
 @kernel
 def twice(x):
@@ -41,8 +41,8 @@ def twice(x):
 """
 
 SOURCE = """
-from callee import twice
-from moesim.engine.compiled import entry
+from moesim.compiled import entry
+from product.callee import twice
 
 @entry
 def total(values):
@@ -57,12 +57,12 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import numba, numpy as np
-from moesim.engine import compiled
-compiled.ROOT = Path(sys.argv[1])
+from moesim import compiled
+compiled.ROOT = Path(sys.argv[1]) / "product"
 compiled.SOURCES = ("*.py",)
 compiled.LONGEST_WAIT_S = float(sys.argv[2])
 sys.path.insert(0, sys.argv[1])
-import made
+from product import made
 values, number = numba.int64[::1], numba.int64
 compiled.load((made.total, (values,)))
 compiled.load((made.at, (values, number)), (made.total, (values,)))
@@ -79,9 +79,11 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         self.source = folder / "source"
         self.cache = folder / "cache"
-        self.source.mkdir()
-        (self.source / "made.py").write_text(SOURCE)
-        (self.source / "callee.py").write_text(CALLEE)
+        self.product = self.source / "product"
+        self.product.mkdir(parents=True)
+        (self.product / "made.py").write_text(SOURCE)
+        (self.product / "callee.py").write_text(CALLEE)
+        (self.product / "aside.py").write_text("")
 
     def start(
         self,
@@ -163,12 +165,18 @@ def test_compiling_is_announced_once_and_then_it_is_kept(desk: Desk) -> None:
 @compiles
 def test_an_edit_in_a_callee_is_noticed(kept: Desk) -> None:
     """In another file than the function that is called, which is where numba's own cache looks."""
-    callee = kept.source / "callee.py"
+    callee = kept.product / "callee.py"
     try:
         callee.write_text(CALLEE.replace("2 * x", "3 * x"))
         assert kept.run() == ("13 2\n", ANNOUNCED)
     finally:
         callee.write_text(CALLEE)
+    assert kept.run() == KEPT
+
+
+@compiles
+def test_an_edit_elsewhere_compiles_nothing(kept: Desk) -> None:
+    (kept.product / "aside.py").write_text("edited = True")
     assert kept.run() == KEPT
 
 
@@ -231,7 +239,7 @@ def test_a_folder_in_the_place_of_a_file_does_no_harm(kept: Desk) -> None:
     path.mkdir()
     printed, said = kept.run()
     assert printed == COMPILED[0]
-    assert f"moesim: compiled code cannot be kept in {path.parent.parent} (" in said
+    assert f"moesim: compiled code cannot be kept in {path.parents[2]} (" in said
 
 
 def sealed(folder: Path, *, seal: bool) -> Path:
@@ -380,18 +388,84 @@ def test_one_that_hangs_holds_nobody_up(kept: Desk) -> None:
 # ---- what compiled code is made of ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["engine/kernel.py", "policies/lru.py", "hashing.py", "log.py"])
-def test_every_edit_is_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package where it may be edited."""
     copy = tmp_path / "moesim"
-    shutil.copytree(compiled.ROOT, copy, ignore=shutil.ignore_patterns("__pycache__", "traces"))
+    aside = shutil.ignore_patterns("__pycache__", "profiles", "traces", "real", "analysis", "cli")
+    shutil.copytree(compiled.ROOT, copy, ignore=aside)
     monkeypatch.setattr(compiled, "ROOT", copy)
-    before = compiled.source_digest()
-    with (copy / name).open("a") as file:
+    return copy
+
+
+def edited(path: Path) -> set[str]:
+    """The modules whose code another digest names since a file was edited."""
+    entries = {entry for module in modules().values() for entry in module.entries()}
+    names = {module for module, _ in entries}
+    before = {name: compiled.source_digest(name) for name in names}
+    with path.open("a") as file:
         file.write("\n# edited\n")
     compiled.source_digest.cache_clear()
-    assert compiled.source_digest() != before
+    return {name for name in names if compiled.source_digest(name) != before[name]}
+
+
+CORE = {f"moesim.engine.{name}" for name in ("kernel", "quick", "steps", "wishes")}
+
+
+@pytest.mark.parametrize(
+    ("name", "affected"),
+    [
+        ("engine/kernel.py", {"moesim.engine.kernel"}),
+        ("engine/quick.py", {"moesim.engine.kernel", "moesim.engine.quick"}),
+        ("engine/block.py", {"moesim.engine.block", "moesim.engine.future"}),
+        ("engine/machine.py", CORE),
+        ("policies/lru.py", CORE),
+        ("policies/lfu.py", CORE),
+        ("hashing.py", CORE),
+        ("log.py", CORE),
+        ("engine/flat.py", {"moesim.engine.flat"}),
+        # What only Python runs.
+        ("policies/__init__.py", set()),
+        ("policies/next_gate.py", set()),
+        ("policies/fiddler.py", set()),
+        ("engine/asked.py", set()),
+        ("engine/reference.py", set()),
+        ("protocol.py", set()),
+        ("workload.py", set()),
+    ],
+)
+def test_an_edit_compiles_again_what_is_made_of_it(
+    copied: Path, name: str, affected: set[str]
+) -> None:
+    assert edited(copied / name) == affected
+
+
+def test_an_edit_of_what_compiles_compiles_everything_again(copied: Path) -> None:
+    everything = edited(copied / "compiled.py")
+    assert everything >= CORE | {f"moesim.engine.{name}" for name in ("block", "flat", "future")}
+
+
+def test_imports_are_found_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "product"
+    (package / "below").mkdir(parents=True)
+    texts = {
+        "made": "from product import a, b as other\nimport product.c as c, product.d\n",
+        "a": "from product.below import (\n    inner,  # said\n    made_here,\n)\n",
+        "b": "def late():\n    from product.e import name\n    import product.f\n",
+        "below/__init__": "from product.g import made_here\n",
+        "e": "import numpy\nfrom other.aside import a\n",
+    }
+    for name in (*texts, "c", "d", "f", "g", "aside", "below/inner", "below/aside"):
+        (package / f"{name}.py").write_text(texts.get(name, ""))
+    monkeypatch.setattr(compiled, "ROOT", package)
+    monkeypatch.setattr(compiled, "SOURCES", ("*.py", "below/*.py"))
+    found = {
+        path.relative_to(package).with_suffix("").as_posix()
+        for path in compiled.sources("product.made")
+    }
+    assert found == {"made", *"abcdefg", "below/__init__", "below/inner"}
 
 
 Names = set[tuple[str, str]]
@@ -418,7 +492,7 @@ class Module:
 
     def entries(self) -> Names:
         """What Python calls: ``@entry``, and ``x = entry(...)``."""
-        if self.imported.get("entry") != ("moesim.engine.compiled", "entry"):
+        if self.imported.get("entry") != ("moesim.compiled", "entry"):
             return set()
         return {
             (self.name, name)
@@ -445,31 +519,29 @@ class Module:
 @cache
 def modules() -> dict[str, Module]:
     """All of moesim by import name."""
-    paths = {p for pattern in ("*.py", "*/*.py") for p in compiled.ROOT.glob(pattern)}
-    names = {
-        path: ".".join(path.relative_to(compiled.ROOT.parent).with_suffix("").parts)
-        for path in paths
-    }
+    paths = {p for pattern in ("*.py", "*/*.py") for p in (ROOT / "moesim").glob(pattern)}
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {name: Module(name, path) for path, name in names.items()}
 
 
-def test_the_digest_covers_all_that_compiled_code_is_made_of() -> None:
-    """Followed from every ``entry`` through functions, constants and enumerations."""
-    entries = {entry for module in modules().values() for entry in module.entries()}
-    assert {("moesim.engine.kernel", "run"), ("moesim.engine.block", "_unite")} <= entries
+def needed(entry: tuple[str, str]) -> Names:
+    """All that an ``entry`` is made of: functions, constants and enumerations."""
     seen: Names = set()
-    todo = set(entries)
+    todo = {entry}
     while todo:
         module, name = part = todo.pop()
         seen.add(part)
         todo |= modules()[module].parts(name) - seen
+    return seen
+
+
+def test_the_digest_covers_all_that_compiled_code_is_made_of() -> None:
+    entries = {entry for module in modules().values() for entry in module.entries()}
+    assert {("moesim.engine.kernel", "run"), ("moesim.engine.block", "_unite")} <= entries
+    for entry in entries:
+        covered = {compiled._name_of(path) for path in compiled.sources(entry[0])}
+        assert {module for module, _ in needed(entry)} <= covered
+    run = needed(("moesim.engine.kernel", "run"))
     # The walk goes far enough: through a module's attribute, an enumeration, its base's constants.
-    assert {("moesim.policies.lru", "touch"), ("moesim.types", "State")} <= seen
-    needed = {module for module, _ in seen}
-    covered = {
-        ".".join(path.relative_to(compiled.ROOT.parent).with_suffix("").parts)
-        for pattern in compiled.SOURCES
-        for path in compiled.ROOT.glob(pattern)
-    }
-    assert needed <= covered
-    assert {"moesim.log", "moesim.hashing"} <= needed
+    assert {("moesim.policies.lru", "touch"), ("moesim.types", "State")} <= run
+    assert {"moesim.log", "moesim.hashing"} <= {module for module, _ in run}

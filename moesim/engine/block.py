@@ -10,8 +10,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from moesim.compiled import entry
 from moesim.costs import Costs
-from moesim.engine.compiled import entry
 from moesim.engine.fields import D, E, T
 from moesim.errors import UsageError
 from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot

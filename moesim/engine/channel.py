@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim import log
-from moesim.engine.compiled import kernel
+from moesim.compiled import kernel
 from moesim.engine.fields import Ask, C, K, N, O, Q, S
 from moesim.engine.keep import keep_evicted
 from moesim.engine.machine import (

@@ -14,11 +14,11 @@ from typing import TypeGuard
 
 import numpy as np
 
+from moesim.compiled import load
 from moesim.engine import kernel
 from moesim.engine.asked import Asked
 from moesim.engine.block import Block, BlockMaker, load_block_functions
 from moesim.engine.clock import TOO_LONG
-from moesim.engine.compiled import load
 from moesim.engine.feed import Feed
 from moesim.engine.fields import C, D, E, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
 from moesim.engine.machine import M

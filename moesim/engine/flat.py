@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from moesim.engine.compiled import entry, load
+from moesim.compiled import entry, load
 from moesim.types import IntArray
 
 Links = npt.NDArray[np.uint32]

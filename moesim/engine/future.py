@@ -14,8 +14,8 @@ from typing import IO, Any
 import numba
 import numpy as np
 
+from moesim.compiled import entry, load
 from moesim.engine.block import BlockMaker, load_block_functions
-from moesim.engine.compiled import entry, load
 from moesim.errors import UsageError
 from moesim.types import NEVER, AnyArray, IntArray
 from moesim.workload import KnownFuture, Step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.engine.compiled import kernel
+from moesim.compiled import kernel
 from moesim.engine.fields import C, D, K, Keep, O, Order, Q, S, X
 from moesim.engine.machine import MISS, A, M, hash3
 from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru

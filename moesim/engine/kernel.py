@@ -13,6 +13,7 @@ from typing import Any
 import numba
 
 from moesim import log
+from moesim.compiled import entry, kernel
 from moesim.engine.channel import (
     expire,
     link_done,
@@ -24,7 +25,6 @@ from moesim.engine.channel import (
     wake_link,
     was_used,
 )
-from moesim.engine.compiled import entry, kernel
 from moesim.engine.fields import Ask, C, D, Does, E, K, N, O, Q, S, T, W
 from moesim.engine.keep import keep_gate
 from moesim.engine.machine import (

@@ -15,8 +15,8 @@ import numpy as np
 from llvmlite import ir
 
 from moesim import hashing
+from moesim.compiled import kernel
 from moesim.engine import clock
-from moesim.engine.compiled import kernel
 from moesim.engine.fields import Ask, C, Heard, K, O, R, S, W
 from moesim.types import NEVER, State, Status
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.engine.compiled import kernel
+from moesim.compiled import kernel
 from moesim.engine.fields import C, D, K, Keep, O, Order, Q, S, X
 from moesim.engine.keep import keep_shed, least_below, rank, worth
 from moesim.engine.machine import FAR, HIT, RESIDENT, A, M

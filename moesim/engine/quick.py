@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from moesim import log
-from moesim.engine.compiled import entry, kernel
+from moesim.compiled import entry, kernel
 from moesim.engine.fields import C, D, Does, E, K, Keep, N, O, Order, Q, S, T, X
 from moesim.engine.keep import keep_evicted, keep_gate
 from moesim.engine.machine import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moesim.compiled import entry, kernel
 from moesim.engine.channel import abandon, candidates, evict, wake_link
-from moesim.engine.compiled import entry, kernel
 from moesim.engine.fields import Ask, C, Does, E, K, N, O, Q, S, T
 from moesim.engine.machine import COMPUTE_DONE, GATE, M, ask, pending
 from moesim.engine.order import choose_victims

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.compiled import entry, kernel
 from moesim.engine.channel import cancel, hold, new_transfer, p_insert, p_move, wake_link
-from moesim.engine.compiled import entry, kernel
 from moesim.engine.fields import Command, D, E, K, O, P, Q, S, Wish
 from moesim.engine.keep import keep_planned
 from moesim.engine.machine import (

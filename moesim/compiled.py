@@ -1,8 +1,8 @@
 """numba's decorators, with a cache that notices every edit and types that a checker keeps.
 
 numba's own on-disk cache looks at a function's own file only: an edit in a callee goes unnoticed.
-So the compiled code lies in a folder named by a digest of all sources that it is made of. Loading
-runs what lies there: each file has a checksum, and one process at a time looks or adds.
+So the compiled code of a module lies in a folder named by a digest of all sources that it is made
+of. Loading runs what lies there: each file has a checksum, and one process at a time looks or adds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -30,9 +31,14 @@ from numba.core.caching import NullCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
-"""What compiled code is made of, below the package."""
+ROOT = Path(__file__).resolve().parent
+SOURCES = ("compiled.py", "hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
+"""Where the parts of compiled code lie, below the package; whatever else its modules import is for
+Python alone."""
+
+IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.MULTILINE
+)
 
 SEAL, LOCK = ".sha256", "lock"
 
@@ -97,15 +103,13 @@ def cache_folder() -> Path | None:
     """
     for place in _places():
         top = place / "moesim"
-        folder = top / source_digest()
         try:
             top.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Loading runs what lies there, so it must be nobody else's.
             if top.stat().st_uid != os.getuid() or top.stat().st_mode & 0o022:
                 continue
-            folder.mkdir(exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
+            with tempfile.TemporaryFile(dir=top):
+                return top
         except OSError:
             continue
     return None
@@ -124,15 +128,46 @@ def _places() -> Iterator[Path]:
 
 
 @cache
-def source_digest() -> str:
-    """16 hex digits over all sources of compiled code, what compiles them, and its settings."""
+def source_digest(module: str) -> str:
+    """16 hex digits over all sources of a module's compiled code, what compiles it, and how."""
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     versions = numba.__version__, llvmlite.__version__, platform.python_version()
     total = hashlib.sha256(f"{versions} {get_host_cpu_name()} {settings}".encode())
-    for pattern in SOURCES:
-        for path in sorted(ROOT.glob(pattern)):
-            total.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sources(module):
+        name = path.relative_to(ROOT).as_posix()
+        total.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]
+
+
+def sources(module: str) -> list[Path]:
+    """The files that a module's compiled code can be made of: its own, and what they import."""
+    parts = {_name_of(path): path for pattern in SOURCES for path in ROOT.glob(pattern)}
+    found: set[str] = set()
+    todo = {module}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        path = parts.setdefault(name, ROOT.parent.joinpath(*name.split(".")).with_suffix(".py"))
+        todo |= _imported(path, parts.keys()) - found
+    return sorted(parts[name] for name in found)
+
+
+def _name_of(path: Path) -> str:
+    """The name to import a file by."""
+    below = path.relative_to(ROOT.parent).with_suffix("")
+    return ".".join(below.parts).removesuffix(".__init__")
+
+
+def _imported(path: Path, parts: Collection[str]) -> set[str]:
+    """Those of the modules that a file imports, wherever in it."""
+    imported: set[str] = set()
+    for origin, names, modules in IMPORT.findall(path.read_text()):
+        imported.update(re.findall(r"[\w.]+", modules))
+        for name in re.findall(r"\w+", re.sub(r"\bas\s+\w+|#.*", "", names)):
+            # A name of a package is a module below it, or is made in its ``__init__``.
+            below = f"{origin}.{name}"
+            imported.add(below if below in parts else origin)
+    return imported.intersection(parts)
 
 
 @cache
@@ -144,8 +179,27 @@ def load(*calls: tuple[Any, Any]) -> None:
     config: Any = numba.config
     if config.DISABLE_JIT:
         return
-    folder = cache_folder()
-    with _interruptible(), _alone(folder):
+    modules: dict[str, list[tuple[Any, Any]]] = {}
+    for call in calls:
+        modules.setdefault(call[0].py_func.__module__, []).append(call)
+    with _interruptible():
+        for module, its_calls in modules.items():
+            _load(_folder(module), its_calls)
+
+
+def _folder(module: str) -> Path | None:
+    """Where a module's compiled code is kept, if it is."""
+    top = cache_folder()
+    with contextlib.suppress(OSError):
+        if top is not None:
+            folder = top / source_digest(module)
+            folder.mkdir(exist_ok=True)
+            return folder
+    return None
+
+
+def _load(folder: Path | None, calls: Iterable[tuple[Any, Any]]) -> None:
+    with _alone(folder):
         if folder is not None:
             _distrust(folder)
             for function, _ in calls:
