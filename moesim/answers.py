@@ -11,6 +11,7 @@ import numpy as np
 
 from moesim.errors import PolicyError
 from moesim.protocol import Policy, World
+from moesim.tally import Quality
 from moesim.types import (
     DROPPED,
     AnyArray,
@@ -42,10 +43,13 @@ class Answers:
         self._size = world.size
         self._experts = world.experts
         self._precisions = len(world.expert_bytes)
+        self.quality = Quality() if policy.lossy else None
+        self._routed: AnyArray | None = None
 
     def route(self, source: LayerEvent) -> AnyArray | None:
         """Experts to execute instead, uint16 [T, k]; None: as recorded."""
         routed = self.policy.route(source, self._view) if self.policy.lossy else None
+        self._routed = routed
         if routed is None:
             return None
         wanted = source.token_experts
@@ -64,9 +68,19 @@ class Answers:
         plan = self.policy.on(fact, self._view)
         if not isinstance(plan, Plan):
             raise self._wrong(f"on() answered {type(plan).__name__}, not a Plan")
-        if plan.serve and isinstance(fact, Gate) and not self.policy.lossy:
-            self._refuse_skipping(fact, plan)
+        if isinstance(fact, Gate):
+            if plan.serve and not self.policy.lossy:
+                self._refuse_skipping(fact, plan)
+            if self.quality is not None:
+                _count(self.quality, fact, self._executed(fact, plan))
         return plan
+
+    def _executed(self, gate: Gate, plan: Plan) -> AnyArray:
+        """uint16 [T, k]: what each token gets."""
+        executed = gate.source.token_experts if self._routed is None else self._routed
+        missing = gate.experts[gate.status == MISS].tolist() if plan.serve else []
+        skipped = [e % self._experts for e in missing if plan.serve.get(e) == Serve.SKIP]
+        return np.where(np.isin(executed, skipped), DROPPED, executed) if skipped else executed
 
     def key(self, expert: int, precision: int = 0) -> int:
         """The key of what a plan names."""
@@ -170,3 +184,24 @@ class Answers:
 
     def _wrong(self, what: str) -> PolicyError:
         return PolicyError(f"layer event {self.event}: {what}")
+
+
+def _count(quality: Quality, gate: Gate, executed: AnyArray) -> None:
+    """One layer event of a lossy policy."""
+    source = gate.source
+    chosen = source.token_experts
+    agreed = (executed[:, :, None] == chosen[:, None, :]).any(axis=1) & (chosen != DROPPED)
+    quality.chosen += int((chosen != DROPPED).sum())
+    quality.agreed += int(agreed.sum())
+    if source.gate is not None:
+        quality.mass += _mass(source.gate, chosen)
+        quality.mass_kept += _mass(source.gate, executed)
+    elif source.weights is not None:
+        quality.mass += int(source.weights[chosen != DROPPED].sum())
+        quality.mass_kept += int(source.weights[agreed].sum())
+
+
+def _mass(gate: AnyArray, experts: AnyArray) -> int:
+    kept = experts != DROPPED
+    local = np.where(kept, experts, 0).astype(np.int64)
+    return int(np.take_along_axis(gate, local, axis=1)[kept].sum())

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from moesim.costs import make_costs
 from moesim.degrade import Allowed, lacking, parse_allowed, rested_on
 from moesim.diagnose import diagnostics
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
+from moesim.past import Past, Share, parse_split, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
 from moesim.result import source_digest
 from moesim.serving import Setup
-from moesim.shape import all_precisions, decode_from, fitting, shaped
+from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
 from moesim.traces.check import check_request
 from moesim.traces.reader import Columns, TraceReader
 from moesim.traces.schema import TraceMeta
@@ -58,6 +60,7 @@ class Request:
     initial: str = ""
     initial_experts: tuple[ExpertId, ...] = ()
     calibration: Path | None = None
+    share: Share | None = None
     allowed: Allowed = field(default_factory=Allowed)
     limit: int | None = None
     seed: int = 0
@@ -122,6 +125,7 @@ class Configuration:
                 initial=manifest["initial"],
                 initial_experts=tuple(manifest["initial_experts"]),
                 calibration=calibration,
+                share=Share(parse_split(manifest["split"])) if manifest["split"] else None,
                 allowed=parse_allowed(manifest["allowed"]),
                 limit=manifest["limit"],
                 seed=manifest["seed"],
@@ -154,6 +158,8 @@ class Configuration:
             seed=self.request.seed,
             costs=self.costs,
             calibration=self.uses if Needs.CALIBRATION in needs else None,
+            expert_norms=expert_norms(self.meta),
+            past=self._past() if Needs.PAST in needs else None,
             future=self.future if Needs.FUTURE in needs else None,
         )
 
@@ -180,9 +186,8 @@ class Configuration:
         # Weights are read where they are, if only so that damaged ones are refused.
         columns = replace(inputs.columns(), weights=True)
         with TraceReader(self.request.trace, columns) as reader:
-            for index, rows in enumerate(reader.requests()):
-                if self.request.limit is not None and index >= self.request.limit:
-                    return
+            requests = requests_of(reader, self.request.share)
+            for index, rows in enumerate(islice(requests, self.request.limit)):
                 check_request(rows, self.meta, self.request.trace)
                 work = prepare(index, rows, self.meta, inputs)
                 work.arrival_ns = None
@@ -200,18 +205,31 @@ class Configuration:
 
     @cached_property
     def uses(self) -> IntArray:
-        """Uses of each expert: on ``--calibration``, or in hindsight on the trace itself."""
-        path = self.request.calibration
+        """Uses of each expert: in the past, or in hindsight on the trace itself."""
+        before = self._before()
+        return self.future.counts if before is None else before.future.counts
+
+    def _past(self) -> Past | None:
+        """What past requests told, prepared as for the policy itself."""
+        before = self._before()
+        if before is None:
+            return None
+        return lambda: past_facts(before.works(self.inputs), self.meta.experts)
+
+    def _before(self) -> Configuration | None:
+        """The past: another trace, or the train part of this one."""
+        request = replace(self.request, limit=None, policy="lru", settings=())
+        path = request.calibration
         if path is None:
-            return self.future.counts
+            share = request.share
+            return None if share is None else Configuration(replace(request, share=share.before))
         meta = _meta(path)
         if (meta.layers, meta.experts) != (self.meta.layers, self.meta.experts):
             raise UsageError(
                 f"--calibration {path}: has {meta.layers} layers of {meta.experts} experts, the "
                 f"trace {self.meta.layers} of {self.meta.experts}; use a trace of the same model"
             )
-        other = replace(self.request, trace=path, calibration=None, limit=None, policy="lru")
-        return Configuration(replace(other, settings=())).future.counts
+        return Configuration(replace(request, trace=path, calibration=None, share=None))
 
     # ---- what is said of it ----------------------------------------------------------------------
 
@@ -246,6 +264,7 @@ class Configuration:
             "initial": self.initial_kind,
             "initial_experts": list(request.initial_experts),
             "calibration": _meta(calibration).digest if calibration else None,
+            "split": request.share.split.text if request.share else None,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -338,7 +357,9 @@ class Configuration:
     def _is_bound(self) -> bool:
         needs = self.inputs.needs
         hindsight = Needs.CALIBRATION in needs or self.initial_kind == "static"
-        return Needs.FUTURE in needs or (hindsight and self.request.calibration is None)
+        request = self.request
+        blind = request.calibration is None and request.share is None
+        return Needs.FUTURE in needs or (hindsight and blind)
 
 
 @contextmanager

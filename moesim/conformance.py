@@ -16,6 +16,7 @@ from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, PolicyError
 from moesim.hashing import hash64
+from moesim.past import Past, past_facts
 from moesim.profile import ModelProfile, load_hardware
 from moesim.protocol import (
     CacheView,
@@ -32,7 +33,17 @@ from moesim.protocol import (
 from moesim.tally import Tally
 from moesim.traces.reader import RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
-from moesim.types import AnyArray, Fact, Gate, IntArray, LayerEvent, Needs, Note, Plan
+from moesim.types import (
+    PROBABILITY_ONE,
+    AnyArray,
+    Fact,
+    Gate,
+    IntArray,
+    LayerEvent,
+    Needs,
+    Note,
+    Plan,
+)
 from moesim.workload import (
     Inputs,
     KnownFuture,
@@ -180,9 +191,17 @@ def _setup(
         scope=scope,
         costs=costs if Needs.COSTS in needs else None,
         calibration=future.counts if Needs.CALIBRATION in needs else None,
+        expert_norms=np.arange(1, LAYERS * EXPERTS + 1, dtype=np.int64) * PROBABILITY_ONE,
+        past=_past(meta, _inputs(policy)) if Needs.PAST in needs else None,
         future=future if Needs.FUTURE in needs else None,
     )
     return Setup(policy, world, costs, StaticBatch(batch), Options(check=True))
+
+
+def _past(meta: TraceMeta, inputs: Inputs) -> Past:
+    """A request that is not among those served."""
+    rows = _request(REQUESTS, 0)
+    return lambda: past_facts([prepare(0, rows, meta, inputs)], EXPERTS)
 
 
 def _future(meta: TraceMeta, requests: Sequence[RequestRows], batch: int) -> KnownFuture:

@@ -182,8 +182,13 @@ def lacking(
                 yield f"AHEAD ({distance})", "; --allow ahead=recall:0.8@1 stands in"
     if Needs.EMBEDDING in needs and meta.embedding == "none" and not allowed.no_embedding:
         yield "EMBEDDING", "; --allow embedding=none stands in"
-    if Needs.NORMS in needs and not meta.has_norms and not allowed.unit_norms:
+    if Needs.NORMS in needs and lacks_norms(meta) and not allowed.unit_norms:
         yield "NORMS", "; --allow norms=unit stands in"
+
+
+def lacks_norms(meta: TraceMeta) -> bool:
+    """Whether norms of the layer inputs or of the experts are missing."""
+    return not meta.has_norms or meta.expert_norms is None
 
 
 def rested_on(needs: Needs, allowed: Allowed, meta: TraceMeta) -> list[str]:
@@ -193,7 +198,7 @@ def rested_on(needs: Needs, allowed: Allowed, meta: TraceMeta) -> list[str]:
         used.append("gate=topk")
     if Needs.EMBEDDING in needs and allowed.no_embedding and meta.embedding == "none":
         used.append("embedding=none")
-    if Needs.NORMS in needs and allowed.unit_norms and not meta.has_norms:
+    if Needs.NORMS in needs and allowed.unit_norms and lacks_norms(meta):
         used.append("norms=unit")
     if Needs.AHEAD in needs and allowed.recall is not None:
         used.append(allowed.names()[-1])

@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.errors import TraceError, UsageError
 from moesim.hashing import hash64
-from moesim.traces.reader import RequestRows
+from moesim.traces.reader import RequestRows, TraceReader
 from moesim.types import Fact, Gate, Status
 from moesim.workload import (
     StaticBatch,
@@ -39,6 +39,11 @@ class Split:
     shares: tuple[int, int] | None = None
     seed: int = 0
 
+    @property
+    def text(self) -> str:
+        """As typed, and the seed."""
+        return "marked" if self.shares is None else f"{self.shares[0]}:{self.shares[1]}@{self.seed}"
+
     def part(self, rows: RequestRows) -> str:
         """``train`` or ``test``.
 
@@ -58,8 +63,8 @@ class Split:
         return str(rows.facts.split)
 
 
-def parse_split(text: str, seed: int = 0) -> Split:
-    """Read ``--split``: ``marked``, or shares such as ``7:3``.
+def parse_split(text: str) -> Split:
+    """Read ``--split``: ``marked``, or shares such as ``7:3`` (or ``7:3@SEED``).
 
     Raises
     ------
@@ -68,10 +73,47 @@ def parse_split(text: str, seed: int = 0) -> Split:
     """
     if text == "marked":
         return Split()
-    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})(?:@([0-9]{1,9}))?", text)
     if not match or not int(match[1]) or not int(match[2]):
         raise UsageError(f"--split {text}: write marked, or shares of train and test such as 7:3")
-    return Split((int(match[1]), int(match[2])), seed)
+    return Split((int(match[1]), int(match[2])), int(match[3] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One part of a trace."""
+
+    split: Split
+    part: str = TEST
+
+    @property
+    def before(self) -> Share:
+        """What lies before the part that is served."""
+        return Share(self.split, TRAIN)
+
+
+def requests_of(reader: TraceReader, share: Share | None) -> Iterator[RequestRows]:
+    """The requests of a part of a trace; all of them where it is not cut.
+
+    Raises
+    ------
+    TraceError
+        If a request cannot be told to be of either part, or none is of this one.
+    """
+    if share is None:
+        yield from reader.requests()
+        return
+    empty = True
+    for rows in reader.requests():
+        try:
+            chosen = share.split.part(rows) == share.part
+        except TraceError as error:
+            raise TraceError(f"{reader.path}: {error}") from None
+        if chosen:
+            empty = False
+            yield rows
+    if empty:
+        raise TraceError(f"{reader.path}: --split leaves no request to {share.part}")
 
 
 Past = Callable[[], Iterable[Fact]]

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,18 +25,19 @@ from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
+from moesim.past import Past, Share, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, source_digest
-from moesim.shape import all_precisions, decode_from, fitting, shaped
+from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
 from moesim.summary import summarise
 from moesim.tally import Tally
 from moesim.timeline import chrome_events
 from moesim.traces.check import check_request
 from moesim.traces.reader import Columns, TraceReader
 from moesim.traces.schema import TraceMeta
-from moesim.types import ExpertId, IntArray, Needs
+from moesim.types import ExpertId, Fact, IntArray, Needs
 from moesim.workload import (
     Inputs,
     KnownFuture,
@@ -68,6 +70,8 @@ class Request:
     initial: str = ""
     initial_experts: tuple[ExpertId, ...] = ()
     calibration: Path | None = None
+    share: Share | None = None
+    """Serve one part of the trace alone; the train part is the past, unless ``calibration`` is."""
     allowed: Allowed = field(default_factory=Allowed)
     limit: int | None = None
     seed: int = 0
@@ -266,6 +270,8 @@ class _Replay:
             seed=self.request.seed,
             costs=self.costs,
             calibration=self.calibration() if Needs.CALIBRATION in policy.needs else None,
+            expert_norms=expert_norms(self.meta),
+            past=self._past(run.inputs) if Needs.PAST in policy.needs else None,
             future=self.future() if Needs.FUTURE in policy.needs else None,
         )
         initial, charged = self._initial(run.spec, world)
@@ -313,11 +319,9 @@ class _Replay:
         """Each request of the trace, prepared once for each kind of input."""
         # Weights are read where they are, if only so that damaged ones are refused.
         columns = replace(_join([i.columns() for i in inputs]), weights=True)
-        recorded = self.request.arrivals == "recorded"
+        recorded, share = self.request.arrivals == "recorded", self.request.share
         with TraceReader(self.request.trace, columns, self.request.batch_rows) as reader:
-            for index, rows in enumerate(reader.requests()):
-                if self.request.limit is not None and index >= self.request.limit:
-                    return
+            for index, rows in enumerate(islice(requests_of(reader, share), self.request.limit)):
                 check_request(rows, self.meta, self.request.trace)
                 works = [prepare(index, rows, self.meta, i) for i in inputs]
                 for work in works:
@@ -407,21 +411,40 @@ class _Replay:
                 event += 1
 
     def calibration(self) -> IntArray:
-        """Uses of each expert: on ``--calibration``, or in hindsight on the trace itself."""
+        """Uses of each expert: in the past, or in hindsight on the trace itself."""
         if self._calibration is None:
-            path = self.request.calibration
-            self._calibration = self.uses() if path is None else self._counted(path)
+            before = self._before()
+            self._calibration = self.uses() if before is None else before.uses()
         return self._calibration
 
-    def _counted(self, path: Path) -> IntArray:
-        meta = _meta(path)
+    def _past(self, inputs: Inputs) -> Past | None:
+        """What past requests told, prepared as for the policy itself."""
+        before = self._before()
+        if before is None:
+            return None
+        _refuse_lacking(inputs, before.meta, f"--calibration {before.request.trace}")
+
+        def past() -> Iterator[Fact]:
+            works = (replace(w[0], arrival_ns=None) for w in before._works([inputs]))
+            return past_facts(works, self.meta.experts)
+
+        return past
+
+    def _before(self) -> _Replay | None:
+        """The replay of the past: another trace, or the train part of this one."""
+        request = replace(self.request, limit=None, arrivals="back-to-back")
+        path = self.request.calibration
+        if path is None:
+            share = request.share
+            return None if share is None else _Replay(replace(request, share=share.before))
+        before = _Replay(replace(request, trace=path, share=None, calibration=None))
+        meta = before.meta
         if (meta.layers, meta.experts) != (self.meta.layers, self.meta.experts):
             raise UsageError(
                 f"--calibration {path}: has {meta.layers} layers of {meta.experts} experts, the "
                 f"trace {self.meta.layers} of {self.meta.experts}; use a trace of the same model"
             )
-        other = replace(self.request, trace=path, limit=None, arrivals="back-to-back")
-        return _Replay(other).uses()
+        return before
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -464,7 +487,9 @@ class _Replay:
     def _is_bound(self, run: _Run) -> bool:
         needs = run.inputs.needs
         hindsight = Needs.CALIBRATION in needs or self._initial_kind(run.spec) == "static"
-        return Needs.FUTURE in needs or (hindsight and self.request.calibration is None)
+        request = self.request
+        blind = request.calibration is None and request.share is None
+        return Needs.FUTURE in needs or (hindsight and blind)
 
     def _initial_kind(self, spec: PolicySpec) -> str:
         return spec.initial if spec.initial == "all" else self.request.initial or spec.initial
@@ -517,6 +542,7 @@ class _Replay:
             "initial": initial,
             "initial_experts": list(request.initial_experts) if initial == "file" else [],
             "calibration": _meta(calibration).digest if calibration else None,
+            "split": request.share.split.text if request.share else None,
         }
 
 
@@ -561,6 +587,11 @@ def _blaming(spec: PolicySpec) -> Iterator[None]:
 def _refuse_empty(meta: TraceMeta, path: Path) -> None:
     if not meta.requests:
         raise TraceError(f"{path}: holds no requests; record or convert some")
+
+
+def _refuse_lacking(inputs: Inputs, meta: TraceMeta, where: str) -> None:
+    for name, mend in lacking(inputs.needs, inputs.distances, inputs.allowed, meta):
+        raise UsageError(f"{where}: lacks {name}, which the policy learns from{mend}")
 
 
 def _distances(policy: Policy) -> tuple[int, ...]:

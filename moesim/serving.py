@@ -180,6 +180,7 @@ class Server(Desk):
         self.tally = Tally(layer_stall_ns=[0] * self.world.layers)
         self.view = View(self.ledger)
         self.answers = Answers(setup.policy, self.world, self.view, self.ledger.bytes_of)
+        self.tally.quality = self.answers.quality
         self.loads: _Channel = _Channel(
             lanes, setup, self.answers, self.ledger, self.tally, self._on_arrival
         )

@@ -12,7 +12,7 @@ from moesim.ledger import Ledger
 from moesim.profile import ModelProfile
 from moesim.protocol import World
 from moesim.traces.schema import TraceMeta
-from moesim.types import ExpertId, IntArray
+from moesim.types import PROBABILITY_ONE, ExpertId, IntArray
 
 
 def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
@@ -45,6 +45,15 @@ def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
 def all_precisions(model: ModelProfile) -> IntArray:
     """int64 [precisions, layers], bytes of one expert."""
     return np.stack([model.expert_bytes_table(p) for p in range(len(model.precisions))])
+
+
+def expert_norms(meta: TraceMeta) -> IntArray:
+    """int64 [layers * experts] in 1/16384: norms of the experts' weights, 1 where unknown."""
+    if meta.expert_norms is None:
+        return np.full(meta.layers * meta.experts, PROBABILITY_ONE, np.int64)
+    norms = np.asarray(meta.expert_norms).reshape(-1)
+    scaled: IntArray = np.rint(norms * PROBABILITY_ONE).astype(np.int64)
+    return scaled
 
 
 def decode_from(meta: TraceMeta) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moesim.result import percentiles
-from moesim.tally import FATES, Counts, Tally
+from moesim.tally import FATES, Counts, Quality, Tally
 from moesim.types import Phase
 
 
@@ -42,6 +42,7 @@ def summarise(tally: Tally) -> dict[str, Any]:
         "layer_events": tally.events,
         "steps": tally.steps,
         "jobs": tally.jobs,
+        "quality": _quality(tally.quality),
         "log_digest": tally.log_digest,
         "decision_digest": tally.decision_digest,
     }
@@ -63,6 +64,17 @@ def _prefetch(tally: Tally) -> dict[str, Any]:
         "polluting": fates.polluting,
         "named": tally.named,
         "named_and_demanded": tally.predicted,
+    }
+
+
+def _quality(quality: Quality | None) -> dict[str, Any] | None:
+    """The proxies of a lossy policy; shares are None where there is nothing to share."""
+    if quality is None:
+        return None
+    return {
+        "agreement": _ratio(quality.agreed, quality.chosen),
+        "gate_mass_kept": _ratio(quality.mass_kept, quality.mass),
+        **asdict(quality),
     }
 
 

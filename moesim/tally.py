@@ -119,6 +119,23 @@ class RequestTimes:
 
 
 @dataclass(slots=True)
+class Quality:
+    """What a lossy policy leaves of the routing: a proxy, for later rows stay as recorded.
+
+    An expert counts once for each token that chose it. Masses are gate probabilities in 1/16384, or
+    weights where the trace has no gates.
+    """
+
+    chosen: int = 0
+    agreed: int = 0
+    """Chosen experts that were executed."""
+    mass: int = 0
+    """Of the chosen experts."""
+    mass_kept: int = 0
+    """Of the executed experts, whether chosen or not."""
+
+
+@dataclass(slots=True)
 class Tally:
     """Everything that an engine counted in a run."""
 
@@ -149,6 +166,8 @@ class Tally:
     steps: int = 0
     events: int = 0
     jobs: int = 0
+    quality: Quality | None = None
+    """Of a lossy policy."""
     peak_bytes: int = 0
     log_digest: str = ""
     decision_digest: str = ""

@@ -18,8 +18,10 @@ from moesim import log
 from moesim.costs import make_costs
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Setup
+from moesim.past import Past, past_facts
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
+from moesim.shape import expert_norms
 from moesim.tally import Tally
 from moesim.types import Needs, Plan, State
 from moesim.workload import (
@@ -68,6 +70,12 @@ def future_of(case: Case) -> KnownFuture:
     return KnownFuture(demands, case.meta.layers * case.meta.experts)
 
 
+def past_of(case: Case, inputs: Inputs) -> Past:
+    """The first request, as if it had been served before."""
+    first = replace(case, requests=case.requests[:1])
+    return lambda: past_facts(works_of(first, inputs, arrivals=False), case.meta.experts)
+
+
 def inputs_of(policy: Policy) -> Inputs:
     """What a policy reads from the trace."""
     distances = policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
@@ -103,6 +111,8 @@ def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
         seed=case.seed,
         costs=costs,
         calibration=future.counts if Needs.CALIBRATION in policy.needs else None,
+        expert_norms=expert_norms(case.meta),
+        past=past_of(case, inputs_of(policy)) if Needs.PAST in policy.needs else None,
         future=future if Needs.FUTURE in policy.needs else None,
     )
     hottest = [int(e) for e in np.argsort(-future.counts, kind="stable") if future.counts[e]]

@@ -16,6 +16,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from moesim.engine.setup import Options
+from moesim.hashing import hash64
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
 from moesim.profile import (
@@ -28,9 +29,11 @@ from moesim.profile import (
     ModelProfile,
     Stack,
 )
+from moesim.protocol import parameters
+from moesim.registry import seat_class
 from moesim.traces.reader import RequestFacts, RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
-from moesim.types import DROPPED, Phase
+from moesim.types import DROPPED, AnyArray, Phase
 
 DEMAND_ONLY = [name for name, preset in PRESETS.items() if preset.prefetch == "none"]
 BOUNDS = ["min", "min-bypass", "look-ahead", "hindsight", "static", "cpu", "fiddler", "hot-set"]
@@ -162,8 +165,12 @@ def rows_of(
     prefill: bool = False,
     ahead: Sequence[Sequence[int]] | None = None,
     arrival_ns: int | None = None,
+    wide: int = 0,
 ) -> RequestRows:
-    """A request from its forward passes, each a list of (layer, experts of each token)."""
+    """A request from its forward passes, each a list of (layer, experts of each token).
+
+    wide : experts of a layer; given, the request has every input that a policy may ask for.
+    """
     columns: list[tuple[int, int, int, int]] = []
     chosen: list[Sequence[int]] = []
     position = 0
@@ -177,6 +184,7 @@ def rows_of(
         position += max(len(tokens) for _, tokens in blocks)
     table = np.array(columns, np.int64)
     iterations = table[:, 0].astype(np.int32)
+    experts = np.array(chosen, np.uint16)
     return RequestRows(
         request=request,
         starts=iteration_starts(iterations),
@@ -184,9 +192,48 @@ def rows_of(
         position=table[:, 1].astype(np.int32),
         layer=table[:, 2].astype(np.int16),
         phase=table[:, 3].astype(np.uint8),
-        experts=np.array(chosen, np.uint16),
+        experts=experts,
         ahead={} if ahead is None else {1: np.array(ahead, np.uint16)},
         facts=RequestFacts(arrival_ns=arrival_ns),
+        **(inputs_of(request, iterations, experts, wide) if wide else {}),
+    )
+
+
+def inputs_of(request: int, iterations: AnyArray, experts: AnyArray, wide: int) -> dict[str, Any]:
+    """Gates that chose the experts, and whatever else may be recorded beside them."""
+    rows = np.arange(len(experts))
+    noise = hash64(request, rows[:, None], np.arange(wide)) % np.uint64(64)
+    gate = noise.astype(np.float16) / 32
+    for rank in range(experts.shape[1]):
+        real = np.flatnonzero(experts[:, rank] != DROPPED)
+        gate[real, experts[real, rank]] = 4 - rank / 2
+    at = np.minimum(experts, wide - 1).astype(np.int64)
+    weights = np.exp(np.take_along_axis(gate, at, axis=1).astype(np.float32))
+    weights /= weights.sum(axis=1, keepdims=True)
+    embedding = {
+        int(i): (hash64(request, i, np.arange(5)) % np.uint64(9)).astype(np.float16) - 4
+        for i in np.unique(iterations)
+    }
+    norms = 1 + (hash64(request, rows) % np.uint64(8)).astype(np.float16) / 4
+    return {
+        "gate": gate,
+        "weights": weights.astype(np.float16),
+        "embedding": embedding,
+        "input_norm": norms,
+    }
+
+
+def full_meta(model: ModelProfile) -> TraceMeta:
+    """The metadata of a trace that has every input."""
+    norms = 1 + np.arange(model.layers * model.experts).reshape(model.layers, -1) % 7 / 8
+    return TraceMeta(
+        model=replace(model, score="softmax"),
+        ahead={1: model.top_k},
+        has_weights=True,
+        has_gate=True,
+        has_norms=True,
+        embedding="iteration",
+        expert_norms=tuple(map(tuple, norms.tolist())),
     )
 
 
@@ -209,8 +256,8 @@ def decode_case(
     model = small_model(layers, experts, top_k, [nbytes] * layers)
     capacity = (slots * nbytes,) * layers if scope == "layer" else (slots * nbytes,)
     return Case(
-        TraceMeta(model=model, ahead={1: top_k}),
-        (rows_of(0, padded),),
+        full_meta(model),
+        (rows_of(0, padded, wide=experts),),
         hardware or machine(),
         capacity,
         options,
@@ -258,7 +305,14 @@ def requests_of(
     start = draw(st.integers(0, len(ways) - 1))
     ahead = [ways[(start + 7 * row) % len(ways)] for row in range(rows)]
     arrival = draw(st.integers(0, 60)) if arrivals else None
-    return rows_of(number, passes, prefill=starts_with_prefill, ahead=ahead, arrival_ns=arrival)
+    return rows_of(
+        number,
+        passes,
+        prefill=starts_with_prefill,
+        ahead=ahead,
+        arrival_ns=arrival,
+        wide=model.experts,
+    )
 
 
 @st.composite
@@ -319,7 +373,7 @@ def cases(
     if model.layers == 1:
         capacity = (max(capacity),)
     return Case(
-        TraceMeta(model=model, ahead={1: model.top_k}),
+        full_meta(model),
         tuple(made),
         draw(machines()),
         capacity,
@@ -354,6 +408,6 @@ def specs(draw: st.DrawFn, names: Sequence[str] = tuple(PRESETS)) -> tuple[str, 
     settings.append(f"prefetch={prefetch}")
     if prefetch == "next-gate":
         settings.append(f"prefetch.cancel={draw(st.sampled_from(['true', 'false']))}")
-    elif prefetch != "none":
+    elif "distance" in parameters(seat_class("prefetch", prefetch)):
         settings.append(f"prefetch.distance={draw(st.integers(1, 4))}")
     return name, tuple(settings)

@@ -81,7 +81,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
     group.add_argument(
-        "--calibration", type=path, metavar="TRACE", help="trace that static sets are fitted on"
+        "--split",
+        metavar="HOW",
+        help="serve the test requests alone, as in `moesim replay`",
+    )
+    group.add_argument(
+        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from instead"
     )
     group.add_argument(
         "--initial",
@@ -177,6 +182,7 @@ def _request(args: argparse.Namespace) -> RealRequest:
 def _what(args: argparse.Namespace) -> Request:
     from moesim.configuration import Request
     from moesim.degrade import parse_allowed
+    from moesim.past import Share, parse_split
     from moesim.profile import load_model
     from moesim.traces.samples import trace_path
 
@@ -194,6 +200,7 @@ def _what(args: argparse.Namespace) -> Request:
         initial=kind,
         initial_experts=experts,
         calibration=args.calibration,
+        share=None if args.split is None else Share(parse_split(args.split)),
         allowed=parse_allowed(args.allow),
         limit=args.limit,
         seed=args.seed,

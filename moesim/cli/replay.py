@@ -76,7 +76,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=_seed, default=0, help="of every random choice [0]")
     group.add_argument(
-        "--calibration", type=_path, metavar="TRACE", help="trace that static sets are fitted on"
+        "--split",
+        metavar="HOW",
+        help="serve the test requests alone; policies learn from the others: marked (as the trace "
+        "says), or shares such as 7:3",
+    )
+    group.add_argument(
+        "--calibration", type=_path, metavar="TRACE", help="trace that policies learn from instead"
     )
     group.add_argument(
         "--initial",
@@ -199,6 +205,7 @@ def _follow(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.engine.setup import Options
+    from moesim.past import Share, parse_split
     from moesim.profile import load_model
     from moesim.replay import Request
     from moesim.traces.samples import trace_path
@@ -228,6 +235,7 @@ def _request(args: argparse.Namespace) -> Request:
         initial=initial,
         initial_experts=experts,
         calibration=args.calibration,
+        share=None if args.split is None else Share(parse_split(args.split)),
         allowed=parse_allowed(args.allow),
         limit=args.limit,
         seed=args.seed,

@@ -360,6 +360,7 @@ class FastEngine:
         if self._asked is not None:
             self._asked.finish()
             self.tally.jobs = self._asked.jobs
+            self.tally.quality = self._asked.answers.quality
         _read(m, self.tally)
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:

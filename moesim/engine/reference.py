@@ -65,6 +65,7 @@ class ReferenceEngine(Desk):
         )
         self.view = View(self.ledger)
         self.answers = Answers(setup.policy, world, self.view, self.ledger.bytes_of)
+        self.tally.quality = self.answers.quality
         self.link = Link(
             self.clock,
             self.ledger,
