@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moesim import ladder
+from moesim import ladder, ties
 from moesim.capacity import Capacity, parse_capacity
 from moesim.costs import make_costs
 from moesim.degrade import Allowed, lacking, rested_on
@@ -29,7 +29,7 @@ from moesim.past import Past, Share, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World
 from moesim.registry import PolicySpec, resolve
-from moesim.result import RunStore, digest_of, host_facts, source_digest
+from moesim.result import RunStore, digest_of, host_facts, request_times, source_digest
 from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
 from moesim.summary import summarise
 from moesim.tally import Tally
@@ -37,7 +37,7 @@ from moesim.timeline import chrome_events
 from moesim.traces.check import check_request
 from moesim.traces.reader import Columns, TraceReader
 from moesim.traces.schema import TraceMeta
-from moesim.types import ExpertId, Fact, IntArray, Needs
+from moesim.types import AnyArray, ExpertId, Fact, IntArray, Needs
 from moesim.workload import (
     Inputs,
     KnownFuture,
@@ -122,6 +122,8 @@ class _Run:
     engine_name: str
     engine: Engine | None = None
     summary: dict[str, Any] | None = None
+    tpot_ns: AnyArray = field(default_factory=lambda: np.zeros(0))
+    """float64 [requests], by request; NaN without one."""
     rung: str = ""
     owner: _Replay | None = None
     """Whose request it follows: a rung of the ladder has one of its own."""
@@ -158,6 +160,7 @@ class _Replay:
         self.store = RunStore(request.out) if request.out else None
         self._future: KnownFuture | None = None
         self._calibration: IntArray | None = None
+        self._in_hindsight = False
         self._diagnosis: dict[str, Any] | None = None
 
     # ---- the whole -------------------------------------------------------------------------------
@@ -171,6 +174,7 @@ class _Replay:
         wall_s = (time.perf_counter() - started) / max(1, len(planned))
         finished = [(run.rung, (run.owner or self)._finish(run, wall_s)) for run in planned]
         reported = [summary for rung, summary in finished if not rung]
+        ties.mark(reported, [run.tpot_ns for run in planned if not run.rung], self.request.seed)
         if self.request.ladder:
             self._climb(reported, [pair for pair in finished if pair[0]])
         return {
@@ -188,9 +192,13 @@ class _Replay:
         """The configurations that can run, and those that cannot, with the reason."""
         planned, refused = [], []
         for spec in resolve(self.request.policies, self.request.settings):
-            with _blaming(spec):
-                policy = spec.build()
-                inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
+            try:
+                with _blaming(spec):
+                    policy = spec.build()
+            except NotRunError as error:
+                refused += [_not_run(spec, c, f"not run: {error}") for c in self._capacities()]
+                continue
+            inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
             for capacity in self._capacities():
                 try:
                     self._refuse(spec, policy.needs, inputs)
@@ -243,6 +251,7 @@ class _Replay:
         apart = replace(self.request, initial="", calibration=None, options=options)
         whole = _Replay(apart)
         whole._future = self._future = self.future()
+        whole._calibration, whole._in_hindsight = self._future.counts, True
         run = whole._configure(spec, capacity, Inputs(spec.build().needs))
         run.rung, run.owner = name, whole
         return run
@@ -468,6 +477,7 @@ class _Replay:
             }
             self._store(run, wall_s)
         folder = self.store.path(run.run_id) if self.store is not None else None
+        run.tpot_ns = _tpot_ns(run, folder)
         return {**run.summary, "run_dir": str(folder) if folder else None}
 
     def _store(self, run: _Run, wall_s: float) -> None:
@@ -517,6 +527,7 @@ class _Replay:
         request = self.request
         calibration = request.calibration
         initial = self._initial_kind(spec)
+        learned = _meta(calibration).digest if calibration else None
         return {
             "schema": 1,
             "source_digest": source_digest(),
@@ -541,7 +552,7 @@ class _Replay:
             "allowed": request.allowed.names(),
             "initial": initial,
             "initial_experts": list(request.initial_experts) if initial == "file" else [],
-            "calibration": _meta(calibration).digest if calibration else None,
+            "calibration": "hindsight" if self._in_hindsight and request.share else learned,
             "split": request.share.split.text if request.share else None,
         }
 
@@ -605,6 +616,16 @@ def _join(columns: Sequence[Columns]) -> Columns:
 
 def _not_run(spec: PolicySpec, capacity: Capacity, reason: str) -> dict[str, Any]:
     return {"policy": spec.name, "capacity": capacity.text, "not_run": reason}
+
+
+def _tpot_ns(run: _Run, folder: Path | None) -> AnyArray:
+    """float64 [requests] in order of the request, NaN where a request has no TPOT."""
+    if run.engine is not None:
+        rows = [(times.request, times.tpot_ns) for times in run.engine.tally.requests]
+    else:
+        assert folder is not None
+        rows = request_times(folder)
+    return np.array([np.nan if tpot is None else tpot for _, tpot in sorted(rows)], np.float64)
 
 
 def _request_row(times: Any) -> dict[str, Any]:

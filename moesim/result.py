@@ -161,6 +161,14 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return manifest, summary
 
 
+def request_times(folder: Path) -> list[tuple[int, float | None]]:
+    """(request, TPOT in ns) of each request of a finished run."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / REQUESTS, columns=["request", "tpot_ns"])
+    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
 def _pretty(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 

@@ -59,7 +59,8 @@ def test_a_replay_shows_every_number(width: int) -> None:
     text = shown(width, "replay", "--trace", "demo", "--policy", "lru,next-gate", "--limit", "2")
     assert "…" not in text
     rows = [line.split() for line in text.splitlines() if line.strip().startswith(("lru ", "next"))]
-    assert len(rows) == 2 and all(len(row) == 11 for row in rows)
+    # The quickest bears a mark beside its time.
+    assert len(rows) == 2 and {len(row) for row in rows} <= {17, 18}
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -47,7 +47,10 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
     group.add_argument("--trace", help="a trace file, or the shipped sample `demo`")
     group.add_argument(
-        "--policy", action="append", metavar="NAME", help="policy, may repeat or take commas [lru]"
+        "--policy",
+        action="append",
+        metavar="NAME",
+        help="policy, may repeat or take commas; all [lru]",
     )
     group.add_argument(
         "--set",
@@ -206,6 +209,7 @@ def _request(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.engine.setup import Options
     from moesim.past import Share, parse_split
+    from moesim.policies.presets import PRESETS
     from moesim.profile import load_model
     from moesim.replay import Request
     from moesim.traces.samples import trace_path
@@ -213,10 +217,11 @@ def _request(args: argparse.Namespace) -> Request:
     if args.timeline and args.out is None:
         raise UsageError("--timeline writes into the run's folder; give --out DIR too")
     initial, experts = _initial(args.initial)
+    policies = _words(args.policy, "lru")
     return Request(
         trace=trace_path(args.trace),
         hardware=_hardware(args),
-        policies=_words(args.policy, "lru"),
+        policies=tuple(PRESETS) if policies == ("all",) else policies,
         capacities=_words(args.capacity, "25%"),
         settings=args.set,
         scope=args.scope,
@@ -239,7 +244,7 @@ def _request(args: argparse.Namespace) -> Request:
         allowed=parse_allowed(args.allow),
         limit=args.limit,
         seed=args.seed,
-        ladder=args.ladder,
+        ladder=args.ladder or (policies == ("all",) and args.arrivals == "back-to-back"),
         engine=args.engine,
         out=args.out,
     )

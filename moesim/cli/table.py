@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from moesim.ladder import ROOF, RUNGS
+
 _WIDE = 200
 _LAST = 20
 """Least width of a column that wraps."""
@@ -78,7 +80,7 @@ def print_replay(answer: dict[str, Any]) -> None:
         left=2,
     )
     for capacity in dict.fromkeys(run["capacity"] for run in ran if "ladder" in run):
-        _print_ladder(capacity, [run for run in ran if run["capacity"] == capacity])
+        out.print(_rungs(capacity, [run for run in ran if run["capacity"] == capacity]))
     for note in _notes(ran):
         out.print(note)
     for run in answer["runs"]:
@@ -108,9 +110,42 @@ def _name(run: dict[str, Any]) -> str:
     )
 
 
-def _used(run: dict[str, Any]) -> str:
-    prefetch = run["prefetch"]
-    return f"{prefetch['used'] + prefetch['late']}/{prefetch['issued']}"
+def _fate(fate: str) -> Callable[[dict[str, Any]], str]:
+    return lambda run: str(run["prefetch"][fate])
+
+
+def _tpot(run: dict[str, Any]) -> str:
+    against = run.get("against_best")
+    best = against is not None and against["best"] == run["policy"]
+    return _ms(run["tpot_ns"]["mean"]) + (" <" if best else " =" if _is_tie(run) else "  ")
+
+
+def _is_tie(run: dict[str, Any]) -> bool:
+    return bool(run.get("against_best", {}).get("tie"))
+
+
+def _share(name: str) -> Callable[[dict[str, Any]], str]:
+    def cell(run: dict[str, Any]) -> str:
+        share = (run["quality"] or {}).get(name)
+        return "-" if share is None else f"{100 * share:.2f}"
+
+    return cell
+
+
+def _rung(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda run: _times(run["ladder"].get(name))
+
+
+def _prefetches(run: dict[str, Any]) -> object:
+    return run["prefetch"]["issued"]
+
+
+def _named(run: dict[str, Any]) -> object:
+    return run["prefetch"]["named"]
+
+
+def _climbs(run: dict[str, Any]) -> object:
+    return "ladder" in run
 
 
 COLUMNS: tuple[
@@ -121,18 +156,52 @@ COLUMNS: tuple[
     ("hit %", lambda run: _percent(run["hits"], run["accesses"]), None),
     ("late %", lambda run: _percent(run["late_hits"], run["accesses"]), lambda r: r["late_hits"]),
     ("miss %", lambda run: _percent(run["misses"], run["accesses"]), None),
+    (
+        "predicted %",
+        lambda run: (
+            _percent(run["prefetch"]["named_and_demanded"], run["accesses"]) if _named(run) else "-"
+        ),
+        _named,
+    ),
     ("TTFT ms", lambda run: _ms(run["ttft_ns"]["mean"]), None),
-    ("TPOT ms", lambda run: _ms(run["tpot_ns"]["mean"]), None),
+    ("TPOT ms  ", _tpot, None),
     ("stall %", lambda run: _percent(run["stall_ns"], run["time_ns"]), None),
     ("GB", lambda run: f"{run['bytes_loaded'] / 1e9:.2f}", None),
-    ("prefetched", _used, lambda run: run["prefetch"]["issued"]),
+    ("prefetched", lambda run: str(run["prefetch"]["issued"]), _prefetches),
+    ("used", _fate("used"), _prefetches),
+    ("late", _fate("late"), _prefetches),
+    ("wasted", _fate("wasted"), _prefetches),
+    ("cancelled", _fate("cancelled"), _prefetches),
+    ("unused", _fate("unused_at_end"), _prefetches),
     ("peak GB", lambda run: f"{run['peak_bytes'] / 1e9:.2f}", None),
+    ("agree %", _share("agreement"), lambda run: run["quality"]),
+    ("mass %", _share("gate_mass_kept"), lambda run: run["quality"]),
+    *((f"x {name}", _rung(name), _climbs) for name in (*RUNGS, ROOF, "bound")),
 )
-"""Heading, cell, and when the column is worth its room. GB are moved over the link; prefetched:
-used of those issued."""
+"""Heading, cell, and when the column is worth its room."""
 
 
 def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if any("against_best" in run for run in runs):
+        yield (
+            "< the quickest policy that could be used, at its capacity"
+            + (
+                "; = not told apart from it (95 % bootstrap over requests)"
+                * any(map(_is_tie, runs))
+            )
+        )
+    if any(run["prefetch"]["issued"] for run in runs):
+        yield (
+            "predicted: demanded experts that a plan had named; prefetched = used + late + wasted "
+            "+ cancelled + unused at the end; GB: moved over the link"
+        )
+    if any(map(_climbs, runs)):
+        yield "x rung: time of the run over that of the rung"
+    if any(run["lossy"] for run in runs):
+        yield (
+            "lossy: time is of the recorded path; quality is a proxy: agree, chosen experts that "
+            "were executed; mass, their gate mass over that of the chosen"
+        )
     if any(run["oracle"] for run in runs):
         yield "bound: sees the future, or was fitted on this very trace; never ranked as a policy"
     for allowed in dict.fromkeys(name for run in runs for name in run["allowed"]):
@@ -141,16 +210,11 @@ def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
         yield "expert sizes differ: MIN is a heuristic here, not a bound"
 
 
-def _print_ladder(capacity: str, runs: Sequence[dict[str, Any]]) -> None:
-    """Each rung's own misses and time, then how many times as long each run took."""
-    rungs = dict.fromkeys(name for run in runs for name in run["ladder"])
-    rows = []
-    for name in rungs:
-        known = next(run["ladder"][name] for run in runs if name in run["ladder"])
-        ratios = [_times(run["ladder"].get(name)) for run in runs]
-        rows.append((name, str(known.get("misses", "-")), _ms(known["time_ns"]), *ratios))
-    columns = ("rung", "misses", "ms", *(run["policy"] for run in runs))
-    print_table(columns, rows, title=f"oracle ladder at {capacity}: time of each run / of the rung")
+def _rungs(capacity: str, runs: Sequence[dict[str, Any]]) -> str:
+    """What the rungs of the ladder themselves reach."""
+    known = {name: rung for run in reversed(runs) for name, rung in run["ladder"].items()}
+    told = (f"{name} {_ms(rung['time_ns'])} ms" for name, rung in known.items())
+    return f"oracle ladder at {capacity}: {', '.join(told)}"
 
 
 def _times(rung: dict[str, Any] | None) -> str:
