@@ -13,6 +13,7 @@ import numpy as np
 from moesim.compiled import entry
 from moesim.costs import Costs
 from moesim.engine.fields import D, E, T
+from moesim.engine.foresight import Foreseer
 from moesim.errors import UsageError
 from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot
 from moesim.workload import (
@@ -43,8 +44,15 @@ class Block:
     table: IntArray
     said: IntArray
     """Predictions, local ids; ``events`` says which are whose."""
+    fore: IntArray
+    """What its facts foresee, record after record; last, the length of the longest."""
     sources: Sources | None = None
     """For a policy in plain Python."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest record, in words."""
+        return int(self.fore[-1])
 
     def step(self, number: int) -> Step:
         """One of its steps."""
@@ -74,6 +82,7 @@ class BlockMaker:
         cpu: bool,
         future: KnownFuture | None = None,
         asked: bool = False,
+        foreseer: Foreseer | None = None,
     ) -> None:
         self._costs = costs
         self._experts = experts
@@ -83,6 +92,7 @@ class BlockMaker:
         self._cpu = cpu
         self._future = future
         self._asked = asked
+        self._foreseer = foreseer
         self._dense: dict[int, int] = {}
         self._alike = _classes(costs.alike)
         self._experts_alike = _classes(costs.experts_alike)
@@ -129,7 +139,11 @@ class BlockMaker:
         sources = _sources(rows, experts, starts, row) if self._asked else None
         ids = demand[D.EXPERT].astype(np.uint32)
         table = self._steps(items, counts)
-        return Block(items, events, demand, ids, table, said, sources)
+        events[:, E.SIGHT] = -1
+        fore = np.zeros(1, np.int64)
+        if self._foreseer is not None:
+            fore = self._foreseer.look(items, events, table)
+        return Block(items, events, demand, ids, table, said, fore, sources)
 
     def demand(self, items: Sequence[Passes | Step]) -> tuple[AnyArray, IntArray]:
         """Expert ids, int32 [accesses], of these steps, and how many each layer event demands."""
@@ -195,7 +209,9 @@ class BlockMaker:
         row = 0
         for item in items:
             steps = item.steps if isinstance(item, Passes) else 1
-            ends = 1 if isinstance(item, Passes) else sum(part.ends for part in item.parts)
+            parts = () if isinstance(item, Passes) else item.parts
+            table[row : row + steps, T.BEGINS] = not parts or any(part.begins for part in parts)
+            ends = sum(part.ends for part in parts) if parts else 1
             table[row : row + steps, T.HEAD_NS] = self._costs.head_ns(ends)
             row += steps
         return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesim import log
 from moesim.compiled import kernel
 from moesim.engine.fields import Ask, C, K, N, O, Q, S
-from moesim.engine.keep import keep_evicted
+from moesim.engine.keep import keep_evicted, keep_landed
 from moesim.engine.machine import (
     ABSENT,
     DEMAND,
@@ -416,6 +416,8 @@ def landed(m: M, key: int) -> None:
         p_remove(m, key)
         m.k[K.UNUSED, key] = 1
         hold(m, key, m.k[K.PRIORITY, key], m.k[K.EXPIRES, key])
+    if m.k[K.IS_PREFETCH, key] and not m.s[O.HOST]:
+        keep_landed(m, key)
     note(m, LANDED, key)
 
 

@@ -8,6 +8,7 @@ which is slower. This file fills the arrays and reads them out; the rules are in
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
@@ -20,8 +21,9 @@ from moesim.engine.asked import Asked
 from moesim.engine.block import Block, BlockMaker, load_block_functions
 from moesim.engine.clock import TOO_LONG
 from moesim.engine.feed import Feed
-from moesim.engine.fields import C, D, E, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
-from moesim.engine.machine import M
+from moesim.engine.fields import C, D, E, G, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
+from moesim.engine.foresight import Foreseer
+from moesim.engine.machine import HostFunction, M
 from moesim.engine.quick import quick_steps
 from moesim.engine.setup import Setup
 from moesim.engine.steps import make_room
@@ -34,6 +36,7 @@ from moesim.policies.exact import Exact
 from moesim.policies.fetch import Fetch
 from moesim.policies.fiddler import Fiddler
 from moesim.policies.fifo import FIFO
+from moesim.policies.forecast import ForecastSeat
 from moesim.policies.hot_set import HotSet
 from moesim.policies.least_stale import LeastStale
 from moesim.policies.lfru import LFRU
@@ -41,6 +44,7 @@ from moesim.policies.lfu import LFU, LFUInCache
 from moesim.policies.lfu_decay import LFUDecay
 from moesim.policies.look_ahead import LookAhead
 from moesim.policies.lru import LRU
+from moesim.policies.map_frequency import MapFrequency
 from moesim.policies.next_gate import NextGate
 from moesim.policies.no_prefetch import NoPrefetch
 from moesim.policies.previous_token import PreviousToken
@@ -48,7 +52,15 @@ from moesim.policies.random_victim import Random
 from moesim.policies.slru import SLRU
 from moesim.policies.static import Static
 from moesim.policies.whole_layer import WholeLayer
-from moesim.protocol import PlainPolicy, Policy, Seat, SeatPolicy, restrict
+from moesim.protocol import (
+    PlainPolicy,
+    Policy,
+    PrefetchSeat,
+    Seat,
+    SeatPolicy,
+    parameters,
+    restrict,
+)
 from moesim.tally import FATES, Counts, RequestTimes, Tally
 from moesim.timeline import LANES
 from moesim.types import NEVER, AnyArray, IntArray, Landed, Needs, Phase, Serve, State
@@ -65,6 +77,7 @@ KEEPS: dict[type, Keep] = {
     SLRU: Keep.SLRU,
     Random: Keep.RANDOM,
     Static: Keep.FIXED,
+    MapFrequency: Keep.MAP_FREQUENCY,
     MinForced: Keep.MIN,
     MinBypass: Keep.MIN,
 }
@@ -76,6 +89,17 @@ WISHES: dict[type, Wish] = {
     LookAhead: Wish.FUTURE,
     WholeLayer: Wish.WHOLE,
 }
+
+
+def wish_of(prefetch: PrefetchSeat) -> Wish | None:
+    """How the core carries out a prefetch seat; None if it cannot."""
+    if isinstance(prefetch, ForecastSeat):
+        # A seat that plans in a way of its own must be asked.
+        own = type(prefetch).plan is not ForecastSeat.plan or prefetch.queue > MOST_JOBS
+        return None if own else Wish.FORECAST
+    return WISHES.get(type(prefetch))
+
+
 SERVES: dict[type, int] = {Fetch: Serve.FETCH, CPU: Serve.CPU, Fiddler: Serve.SKIP}
 """The miss seats; the kernel reads ``SKIP`` as "the quicker of the two"."""
 
@@ -101,6 +125,8 @@ FEW_SLOTS = 16
 
 SPANS = 1 << 14
 COMMANDS = 1 << 10
+MOST_JOBS = 1 << 10
+"""A seat that lets more of its jobs wait is asked in plain Python."""
 NOTES = 1 << 10
 
 LONGEST_CALM_NS = 1 << 40
@@ -112,7 +138,7 @@ def compiled(policy: Policy) -> TypeGuard[SeatPolicy]:
     return (
         isinstance(policy, SeatPolicy)
         and type(policy.keep) in KEEPS
-        and type(policy.prefetch) in WISHES
+        and wish_of(policy.prefetch) is not None
         and type(policy.miss) in SERVES
         and type(policy.routing) is Exact
     )
@@ -133,13 +159,15 @@ class FastEngine:
         self.core_ns = 0
         """Time spent in compiled code, on the wall."""
         self._seats: SeatPolicy | None = None
-        if compiled(setup.policy) and not asked:
+        if compiled(setup.policy) and not asked and not _is_flat_forecast(setup):
             self._seats = setup.policy
         self.future = self._needed_future()
         self._machine = _machine(setup, self._seats, self.future)
         self._asked = None if self._seats else Asked(setup, self._machine)
         if self._asked is not None:
             self._machine.s[O.HOST] = self._asked.address
+        self._price = HostFunction(setup.costs.job_ns)
+        self._machine.s[O.PRICE] = int(ctypes.cast(self._price, ctypes.c_void_p).value or 0)
         load(*kernel.calls(self._machine), *load_block_functions())
         self._times: dict[int, RequestTimes] = {}
         self._fill()
@@ -179,6 +207,9 @@ class FastEngine:
             cpu=self._seats is None or not isinstance(self._seats.miss, Fetch),
             future=self.future,
             asked=self._seats is None,
+            foreseer=Foreseer(prefetch, self.setup.costs)
+            if isinstance(prefetch, ForecastSeat)
+            else None,
         )
 
     @property
@@ -188,8 +219,10 @@ class FastEngine:
             return None
         prefetch = self._seats.prefetch
         reads = Needs.AHEAD in prefetch.needs
+        foresees = isinstance(prefetch, ForecastSeat)
         return (
             self.setup.options.flat,
+            (type(prefetch), *parameters(prefetch).items()) if foresees else None,
             (getattr(prefetch, "distance", 1), getattr(prefetch, "width", 0)) if reads else None,
             isinstance(self._seats.miss, Fetch),
             id(self.future),
@@ -208,7 +241,13 @@ class FastEngine:
         if self.setup.options.share_kv:
             table[:, T.VISIT] = 1
         machine = self._machine._replace(
-            ev=made.events, dem=made.demand, ids=made.ids, said=made.said, st=table
+            ev=made.events,
+            dem=made.demand,
+            ids=made.ids,
+            said=made.said,
+            st=table,
+            fore=made.fore,
+            jobs=self._jobs(made),
         )
         machine.s[S.STEP] = 0
         machine.s[O.QUICK] = self._is_quick(made)
@@ -226,6 +265,16 @@ class FastEngine:
                 row += 1
         self.tally.steps += row
 
+    def _jobs(self, made: Block) -> IntArray:
+        """The rows of jobs, as wide as the block's longest record."""
+        jobs: IntArray = self._machine.jobs
+        if made.longest > jobs.shape[1]:
+            wider = np.zeros((len(jobs), 2 * made.longest), np.int64)
+            wider[:, : jobs.shape[1]] = jobs
+            self._machine = self._machine._replace(jobs=wider)
+            return wider
+        return jobs
+
     def idle(self, until_ns: int) -> None:
         """Serve nothing before a time."""
         self._machine.s[O.QUICK] = 0
@@ -236,7 +285,7 @@ class FastEngine:
         seats, options, s = self._seats, self.setup.options, self._machine.s
         if seats is None or options.timeline or not s[O.ONE_VICTIM] or not options.quick:
             return False
-        if WISHES[type(seats.prefetch)] != Wish.NONE or not isinstance(seats.miss, Fetch):
+        if wish_of(seats.prefetch) != Wish.NONE or not isinstance(seats.miss, Fetch):
             return False
         longest = max(int(made.demand[D.NS].max(initial=0)), int(made.events[:, E.DENSE_NS].max()))
         longest = max(longest, int(s[O.LOAD]), int(s[O.SYNC]), int(s[O.PLAN]))
@@ -361,6 +410,8 @@ class FastEngine:
             self._asked.finish()
             self.tally.jobs = self._asked.jobs
             self.tally.quality = self._asked.answers.quality
+        else:
+            self.tally.jobs = int(m.s[S.JOBS_MADE])
         _read(m, self.tally)
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:
@@ -379,7 +430,8 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     looks_ahead = seats is not None and isinstance(seats.prefetch, LookAhead)
     wishes = experts * (distance + 1 if looks_ahead else 2)
     workers = setup.costs.hardware.host.workers
-    width = 1 << (max(keys, 2 * experts + 2, workers + 1) - 1).bit_length()
+    longest = max(keys, 2 * experts + 2, workers + 1, _queue(seats) + 1)
+    width = 1 << (longest - 1).bit_length()
     starts, wanted = _future(future if looks_ahead else None)
     machine = M(
         s=_scalars(setup, seats),
@@ -391,7 +443,8 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         q=np.zeros((len(Q), width + 24), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
         ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
-        named=np.full((distance + 2, experts + 2), -1, np.int64),
+        # A forecast may be about any later layer of this pass or of the next.
+        named=np.full((max(distance, 2 * world.layers) + 2, experts + 2), -1, np.int64),
         plan=np.zeros((wishes + experts, 3), np.int64),
         told=np.zeros((COMMANDS, len(P)), np.int64),
         heard=np.zeros((NOTES, len(R)), np.int64),
@@ -405,6 +458,8 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         ids=np.zeros(1, np.uint32),
         said=np.zeros(1, np.int64),
         st=np.zeros((1, len(T)), np.int64),
+        fore=np.zeros(1, np.int64),
+        jobs=np.zeros((_queue(seats) + 1, len(G)), np.int64),
     )
     heads = keys + np.arange(caches)
     machine.k[K.BEFORE, heads] = machine.k[K.AFTER, heads] = heads
@@ -413,6 +468,19 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
     return machine
+
+
+def _queue(seats: SeatPolicy | None) -> int:
+    """How many jobs of forecasts there may be."""
+    prefetch = seats.prefetch if seats else None
+    return prefetch.queue if isinstance(prefetch, ForecastSeat) else 0
+
+
+def _is_flat_forecast(setup: Setup) -> bool:
+    """Whether forecasts count in layers, and layer events do not."""
+    policy = setup.policy
+    assert isinstance(policy, SeatPolicy)
+    return setup.options.flat and isinstance(policy.prefetch, ForecastSeat)
 
 
 def _curves(chunk_ends: Sequence[tuple[int, ...]]) -> IntArray:
@@ -460,11 +528,19 @@ def _scalars(setup: Setup, seats: SeatPolicy | None) -> IntArray:
 def _choose_seats(s: IntArray, seats: SeatPolicy, setup: Setup) -> None:
     prefetch, keep = seats.prefetch, seats.keep
     s[O.KEEP] = KEEPS[type(keep)]
-    s[O.PREFETCH] = WISHES[type(prefetch)]
+    wish = wish_of(prefetch)
+    assert wish is not None
+    s[O.PREFETCH] = wish
+    if isinstance(prefetch, ForecastSeat):
+        s[O.QUEUE], s[O.BACKGROUND] = prefetch.queue, prefetch.background
+        s[O.REFRESH], s[O.RENEW] = prefetch.refresh, prefetch.renew
     s[O.MISS] = SERVES[type(seats.miss)]
     s[O.DISTANCE] = getattr(prefetch, "distance", 1)
     s[O.CANCEL] = getattr(prefetch, "cancel", False)
     s[O.FACTOR] = getattr(keep, "factor", 0)
+    if isinstance(keep, MapFrequency):
+        s[O.FORGETS] = keep.freq == "residency"
+        s[O.UNKNOWN] = -1 if keep.unsearched == "last" else keep.unknown
     if s[O.KEEP] in BY_LAYER:
         s[O.HEAPS] = setup.world.layers // len(setup.world.capacity_bytes)
     s[O.ORDER] = setup.options.residents
@@ -496,7 +572,7 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
     )
     keys = len(ledger.state)
     whole = np.zeros((len(K) + len(X), keys + len(world.capacity_bytes)), np.int64)
-    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED, K.REPLACES):
+    for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED, K.REPLACES, K.DUE):
         whole[name] = -1
     k = whole[:, :keys]
     k[K.CACHE] = k[K.HEAP] = ledger.cache_of
@@ -515,6 +591,8 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
             k[X.LAST, : world.size] = keep.last
         if isinstance(keep, LeastStale):
             k[X.LAST, : world.size] = keep.touched
+        if isinstance(keep, MapFrequency):
+            k[X.LAST, : world.size] = keep.share
     return whole
 
 

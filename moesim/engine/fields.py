@@ -73,6 +73,18 @@ class S(_Rows):
     N_CANCEL = auto()
     N_PLAN = auto()
     N_SPANS = auto()
+    # Forecasts.
+    COMMISSION = auto()
+    """What the newest gate foresees, in ``M.fore``; -1: nothing, or the queue is full."""
+    OWED_OPS = auto()
+    OWED_BYTES = auto()
+    """Work of forecasts that were dropped, which the next job must do."""
+    N_WISHED = auto()
+    N_FRESH = auto()
+    JOBS_MADE = auto()
+    W_HEAD = auto()
+    W_TAIL = auto()
+    """Of the jobs that wait for a host worker."""
     GATE_STEP = auto()
     GATE_LAYER = auto()
     # What a policy in plain Python is asked and told.
@@ -179,6 +191,10 @@ class O(IntEnum):  # noqa: E742
     CANCEL = auto()
     DECODE_FROM = auto()
     FACTOR = auto()
+    FORGETS = auto()
+    """Whether an eviction forgets visits (MAP_FREQUENCY)."""
+    UNKNOWN = auto()
+    """What is expected of every expert when a pass begins; -1: what was expected last."""
     SEED = auto()
     CHUNK = auto()
     WORKERS = auto()
@@ -187,6 +203,13 @@ class O(IntEnum):  # noqa: E742
     """Layer events of the whole run, where the future is known."""
     ONE_VICTIM = auto()
     """A load evicts one copy at most."""
+    PRICE = auto()
+    """Address of the function that tells what a job takes."""
+    QUEUE = auto()
+    """Jobs of forecasts that may wait."""
+    BACKGROUND = auto()
+    REFRESH = auto()
+    RENEW = auto()
 
 
 class K(_Rows):
@@ -242,6 +265,10 @@ class K(_Rows):
     """The layer event whose plan wished for it last."""
     CPU_NS = auto()
     LOAD_NS = auto()
+    SHARE = auto()
+    """The probability with which a forecast wished for it."""
+    DUE = auto()
+    """The layer event of that forecast; -1: none wishes for it."""
 
 
 class X(IntEnum):
@@ -310,6 +337,10 @@ class E(_Rows):
     PLANS = auto()
     STEP = auto()
     """Number of its step in the run."""
+    SIGHT = auto()
+    """Where what its gate foresees lies in ``M.fore``; -1: nothing."""
+    OWED_NS = auto()
+    """What foreseeing costs on its critical path."""
 
 
 class T(_Rows):
@@ -322,8 +353,17 @@ class T(_Rows):
     END_NS = auto()
     STALL_NS = auto()
     MISSES = auto()
+    BEGINS = auto()
+    """Whether an iteration begins with it."""
     VISIT = auto()
     """Python must see its beginning and its end."""
+    SIGHT = auto()
+    """Where what its beginning foresees lies in ``M.fore``."""
+    SIGHTS = auto()
+    """How many facts of its beginning foresee anything."""
+    END_SIGHT = auto()
+    END_SIGHTS = auto()
+    """The same of its end."""
 
 
 class N(_Rows):
@@ -352,6 +392,8 @@ class W(_Rows):
     SEQ = auto()
     KEY = auto()
     SPAN = auto()
+    JOB = auto()
+    """Row of ``M.jobs`` of the job that it does."""
 
 
 class Q(_Rows):
@@ -380,6 +422,14 @@ class Q(_Rows):
     """What a policy may name as victims."""
     STACK = auto()
     ONE = auto()
+    WISHED = auto()
+    """Keys that a forecast wishes for and whose layer event is to come."""
+    FRESH = auto()
+    """Keys whose priority has changed since the last gate."""
+    FRESHER = auto()
+    """Their priorities."""
+    JOBS = auto()
+    """Ring: jobs that wait for a host worker."""
 
 
 class Keep(IntEnum):
@@ -390,12 +440,13 @@ class Keep(IntEnum):
     LFU = 2
     LFU_INCACHE = 3
     FIXED = 4
-    MIN = 5
-    SLRU = 6
-    LFU_DECAY = 7
-    LFRU = 8
-    LEAST_STALE = 9
-    RANDOM = 10
+    MAP_FREQUENCY = 5
+    MIN = 6
+    SLRU = 7
+    LFU_DECAY = 8
+    LFRU = 9
+    LEAST_STALE = 10
+    RANDOM = 11
 
 
 class Wish(IntEnum):
@@ -407,6 +458,39 @@ class Wish(IntEnum):
     HOT = 3
     FUTURE = 4
     WHOLE = 5
+    FORECAST = 6
+
+
+class G(_Rows):
+    """The head of a record of what a fact foresees; then its forecasts. Each has a head ``H``, the
+    chosen local ids, and the probabilities of all experts of the layer."""
+
+    IS_TAKEN = auto()
+    """Whether the row of ``M.jobs`` is in use."""
+    BASE = auto()
+    """The newest layer event when it was commissioned."""
+    LENGTH = auto()
+    """Of the record."""
+    NS = auto()
+    """What the work takes on a host worker."""
+    PHASE = auto()
+    COUNT = auto()
+    """How many forecasts follow."""
+    OPS = auto()
+    BYTES = auto()
+    KEPT_OPS = auto()
+    KEPT_BYTES = auto()
+    """Of its work, that which later forecasts build upon."""
+
+
+class H(_Rows):
+    """The head of a forecast."""
+
+    EVENTS = auto()
+    """How many layer events lie between the newest one and the one that it is about."""
+    LAYER = auto()
+    CHOSEN = auto()
+    """How many experts are chosen."""
 
 
 class Does(IntEnum):

@@ -11,7 +11,7 @@ import numpy as np
 from moesim.compiled import kernel
 from moesim.engine.fields import C, D, K, Keep, O, Order, Q, S, X
 from moesim.engine.machine import MISS, A, M, hash3
-from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, slru
+from moesim.policies import least_stale, lfru, lfu, lfu_decay, lru, map_frequency, slru
 
 _touch = kernel(lru.touch)
 _count = kernel(lfu.count)
@@ -24,6 +24,7 @@ _stale = kernel(least_stale.worth)
 _slru = kernel(slru.worth)
 _promote = kernel(slru.promote)
 _demote = kernel(slru.demote)
+_expected_worth = kernel(map_frequency.worth)
 
 
 @kernel
@@ -116,9 +117,19 @@ def keep_gate(m: M) -> None:
                 m.k[X.SEGMENT], m.k[K.BEFORE], m.k[K.AFTER], head, experts, m.cur[D.STATUS, :n]
             )
             _touch(score, clock, experts)
+    elif keep == Keep.MAP_FREQUENCY:
+        for i in range(n):
+            visited(m, experts[i])
     elif keep == Keep.MIN:
         for i in range(n):
             score[experts[i]] = -m.cur[D.NEXT_USE, i]
+
+
+@kernel
+def visited(m: M, key: int) -> None:
+    """One more visit of an expert."""
+    m.k[X.COUNT, key] += 1
+    m.k[X.SCORE, key] = _expected_worth(m.k[X.LAST, key], m.k[X.COUNT, key])
 
 
 @kernel
@@ -161,9 +172,40 @@ def keep_planned(m: M) -> None:
 
 
 @kernel
+def keep_expected(m: M, layer: int, row: int, at: int) -> None:
+    """What is expected of a layer: probabilities from a place of ``M.jobs`` on
+    (``KeepSeat.expected``)."""
+    if m.s[O.KEEP] == Keep.MAP_FREQUENCY:
+        first = layer * m.s[O.EXPERTS]
+        for i in range(m.s[O.EXPERTS]):
+            key = first + i
+            m.k[X.LAST, key] = max(m.jobs[row, at + i], 1)
+            m.k[X.SCORE, key] = _expected_worth(m.k[X.LAST, key], m.k[X.COUNT, key])
+
+
+@kernel
+def keep_begins(m: M) -> None:
+    """An iteration begins."""
+    if m.s[O.KEEP] == Keep.MAP_FREQUENCY and m.s[O.UNKNOWN] >= 0:
+        for key in range(m.s[O.SIZE]):
+            m.k[X.LAST, key] = m.s[O.UNKNOWN]
+            m.k[X.SCORE, key] = _expected_worth(m.k[X.LAST, key], m.k[X.COUNT, key])
+
+
+@kernel
+def keep_landed(m: M, key: int) -> None:
+    """A prefetched copy has arrived, or was there at the start (``KeepSeat.note``)."""
+    if m.s[O.KEEP] == Keep.MAP_FREQUENCY:
+        visited(m, key)
+
+
+@kernel
 def keep_evicted(m: M, key: int) -> None:
     """A copy went (``KeepSeat.note``)."""
     if m.s[O.KEEP] == Keep.LFU_INCACHE:
         m.k[X.COUNT, key] = 0
+    elif m.s[O.KEEP] == Keep.MAP_FREQUENCY and m.s[O.FORGETS]:
+        m.k[X.COUNT, key] = 0
+        m.k[X.SCORE, key] = 0
     elif m.s[O.KEEP] == Keep.SLRU and m.k[X.SEGMENT, key]:
         unprotect(m, key)

@@ -25,8 +25,8 @@ from moesim.engine.channel import (
     wake_link,
     was_used,
 )
-from moesim.engine.fields import Ask, C, D, Does, E, K, N, O, Q, S, T, W
-from moesim.engine.keep import keep_gate
+from moesim.engine.fields import Ask, C, D, Does, E, K, N, O, Q, S, T, W, Wish
+from moesim.engine.keep import keep_begins, keep_gate, keep_landed
 from moesim.engine.machine import (
     ABSENT,
     ARRIVAL,
@@ -61,6 +61,7 @@ from moesim.engine.machine import (
 )
 from moesim.engine.order import enter, reorder
 from moesim.engine.quick import quick_steps
+from moesim.engine.sights import answer, foresee, job_begins, job_done, tell
 from moesim.engine.steps import begin_event, begin_step, end_step, make_room
 from moesim.engine.wishes import apply, make_plan, obey, wake_worker
 from moesim.types import Serve
@@ -267,8 +268,12 @@ def run(m: M) -> int:
         elif does == Does.CPU:
             m.s[S.T_CPU] += m.s[S.NOW] - m.s[S.C_SPAN]
         elif does == Does.STEP:
-            if m.st[m.s[S.STEP], T.VISIT] and not m.s[S.VISITED]:
-                return visit(m, STEP_BEGINS)
+            if not m.s[S.VISITED]:
+                if m.st[m.s[S.STEP], T.BEGINS]:
+                    keep_begins(m)
+                tell(m, m.st[m.s[S.STEP], T.SIGHT], m.st[m.s[S.STEP], T.SIGHTS])
+                if m.st[m.s[S.STEP], T.VISIT]:
+                    return visit(m, STEP_BEGINS)
             m.s[S.VISITED] = 0
             begin_step(m)
             begin_event(m)
@@ -289,8 +294,10 @@ def run(m: M) -> int:
         elif does == Does.HEAD:
             dense_done(m)
             end_step(m)
+            ended = m.s[S.STEP] - 1
+            tell(m, m.st[ended, T.END_SIGHT], m.st[ended, T.END_SIGHTS])
             m.s[S.C_DOES] = Does.ENDED
-            if m.st[m.s[S.STEP] - 1, T.VISIT]:
+            if m.st[ended, T.VISIT]:
                 return visit(m, STEP_ENDS)
             m.s[S.C_RANK] = -1
             continue
@@ -397,7 +404,10 @@ def gate(m: M) -> None:
         return
     keep_gate(m)
     reorder(m)
-    make_plan(m)
+    if m.s[O.PREFETCH] == Wish.FORECAST:
+        foresee(m)
+    else:
+        make_plan(m)
     serve(m)
 
 
@@ -408,7 +418,9 @@ def planned(m: M) -> None:
     demand(m)
     for _ in range(m.s[S.H_TAIL] - before_cpu):
         wake_worker(m)
-    if not m.s[O.HOST]:
+    if m.s[O.PREFETCH] == Wish.FORECAST:
+        answer(m)
+    elif not m.s[O.HOST]:
         apply(m)
     elif m.s[S.N_PLAN] > 0:
         ask(m, APPLY, 0)
@@ -486,6 +498,8 @@ def place(m: M, key: int) -> None:
     """Make a copy resident before the run."""
     book(m, key, 1)
     enter(m, key)
+    if not m.s[O.HOST]:
+        keep_landed(m, key)
 
 
 @entry
@@ -524,14 +538,18 @@ def worker(m: M, i: int) -> None:
     elif key == JOB_KEY:
         span(m, JOB, m.w[W.SPAN, i], -1)
         m.s[S.JOBS] -= 1
-        ask(m, JOB_DONE, i)
+        if m.s[O.HOST]:
+            ask(m, JOB_DONE, i)
+        else:
+            job_done(m, i)
     if m.s[S.H_HEAD] != m.s[S.H_TAIL]:
         key = m.q[Q.HOST, m.s[S.H_HEAD] & m.s[O.RING]]
         m.s[S.H_HEAD] += 1
         worker_pending(m, i, m.k[K.CPU_NS, key], COMPUTE_DONE, key)
     elif m.s[S.JOBS_QUEUED]:
         m.s[S.JOBS_QUEUED] -= 1
-        worker_pending(m, i, ask(m, JOB_BEGIN, i), WORKER_DONE, JOB_KEY)
+        takes = ask(m, JOB_BEGIN, i) if m.s[O.HOST] else job_begins(m, i)
+        worker_pending(m, i, takes, WORKER_DONE, JOB_KEY)
     else:
         m.w[W.TIME, i] = FAR
         m.s[S.AWAKE] -= 1

@@ -73,6 +73,10 @@ class M(NamedTuple):
     """The block's predictions."""
     st: A
     """The block's steps [steps, T]."""
+    fore: A
+    """What the block's facts foresee, record after record."""
+    jobs: A
+    """Jobs under way, a record each [queue + 1, width]; the last row is for what is not a job."""
 
 
 FAR = NEVER
