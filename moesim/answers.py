@@ -5,7 +5,7 @@ A ``PolicyError`` is one line that names the layer event and what was wrong with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,10 +14,13 @@ from moesim.protocol import Policy, World
 from moesim.tally import Quality
 from moesim.types import (
     DROPPED,
+    NEVER,
+    NO_PLAN,
     AnyArray,
     Fact,
     Gate,
     IntArray,
+    Job,
     LayerEvent,
     Plan,
     Prefetch,
@@ -27,6 +30,7 @@ from moesim.types import (
 from moesim.view import Window
 
 MISS = int(Status.MISS)
+LISTS = ("prefetches", "cancel", "reprioritise", "jobs")
 
 
 class Answers:
@@ -61,13 +65,20 @@ class Answers:
             )
         if np.any((routed >= self._experts) & (routed != DROPPED)):
             raise self._wrong(f"route names expert {int(routed.max())} of {self._experts}")
+        ordered = np.sort(routed, axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != DROPPED)
+        if twice.any():
+            raise self._wrong(f"route names expert {ordered[:, 1:][twice][0]} twice for one token")
         return routed
 
     def plan(self, fact: Fact) -> Plan:
         """What to do about a fact."""
         plan = self.policy.on(fact, self._view)
+        if plan is NO_PLAN and self.quality is None:
+            return plan
         if not isinstance(plan, Plan):
             raise self._wrong(f"on() answered {type(plan).__name__}, not a Plan")
+        self._refuse_strange(plan)
         if isinstance(fact, Gate):
             if plan.serve and not self.policy.lossy:
                 self._refuse_skipping(fact, plan)
@@ -81,6 +92,34 @@ class Answers:
         missing = gate.experts[gate.status == MISS].tolist() if plan.serve else []
         skipped = [e % self._experts for e in missing if plan.serve.get(e) == Serve.SKIP]
         return np.where(np.isin(executed, skipped), DROPPED, executed) if skipped else executed
+
+    def _refuse_strange(self, plan: Plan) -> None:
+        """Whatever is not what ``Plan`` says, before anything is made of it."""
+        for name in LISTS:
+            if not isinstance(getattr(plan, name), list | tuple):
+                kind = type(getattr(plan, name)).__name__
+                raise self._wrong(f"a plan's {name} must be a list or a tuple, got {kind}")
+        for wish in plan.prefetches:
+            self._refuse_unless(isinstance(wish, Prefetch), "a prefetch", wish)
+            for name, value in zip(Prefetch._fields, wish, strict=True):
+                self._refuse_unless(_is_whole(value), f"{name} of a prefetch", value)
+        for expert in plan.cancel:
+            self._refuse_unless(_is_whole(expert), "an expert to cancel", expert)
+        for pair in plan.reprioritise:
+            known = isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_whole, pair))
+            self._refuse_unless(known, "(expert, priority)", pair)
+        for job in plan.jobs:
+            known = isinstance(job, Job) and _is_amount(job.ops) and _is_amount(job.nbytes)
+            self._refuse_unless(known, "a job", job)
+        self._refuse_unless(_is_amount(plan.foreground_ops), "foreground_ops", plan.foreground_ops)
+        self._refuse_unless(isinstance(plan.serve, Mapping), "serve", plan.serve)
+        for how in plan.serve.values():
+            known = isinstance(how, int | np.integer) and how in tuple(Serve)
+            self._refuse_unless(known, "a way to serve", how)
+
+    def _refuse_unless(self, known: bool, what: str, got: object) -> None:
+        if not known:
+            raise self._wrong(f"{what} cannot be {got!r:.80}; see Plan in moesim.types")
 
     def key(self, expert: int, precision: int = 0) -> int:
         """The key of what a plan names."""
@@ -152,10 +191,13 @@ class Answers:
     ) -> list[int]:
         """Victims that the policy names itself."""
         with self._view.offering([k % self._size for k in candidates]):
-            named = list(self.policy.victims(lacking, self._view))
+            answered = self.policy.victims(lacking, self._view)
+            if not isinstance(answered, Iterable):
+                raise self._wrong(f"victims() answered {type(answered).__name__}, not expert ids")
+            named = list(answered)
         allowed = {k % self._size: k for k in candidates}
         for expert in named:
-            if expert not in allowed:
+            if not _is_whole(expert) or expert not in allowed:
                 raise self._wrong(
                     f"victim {expert} is {self._reason(expert, why_not)}; "
                     "name experts of cache.candidates only"
@@ -205,3 +247,13 @@ def _mass(gate: AnyArray, experts: AnyArray) -> int:
     kept = experts != DROPPED
     local = np.where(kept, experts, 0).astype(np.int64)
     return int(np.take_along_axis(gate, local, axis=1)[kept].sum())
+
+
+def _is_whole(value: object) -> bool:
+    """An integer that every host can keep."""
+    known = isinstance(value, int | np.integer)
+    return known and -NEVER <= int(value) <= NEVER  # type: ignore[call-overload]
+
+
+def _is_amount(value: object) -> bool:
+    return _is_whole(value) and int(value) >= 0  # type: ignore[call-overload]

@@ -369,7 +369,7 @@ def blaming(spec: PolicySpec) -> Iterator[None]:
         yield
     except PolicyError as error:
         raise PolicyError(f"{spec.name}: {error}") from error.__cause__
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         if isinstance(error, MoesimError) or not spec.foreign:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -227,6 +227,7 @@ class Desk:
             return
         if wish.expires < NEVER:
             self._named.setdefault(wish.expires, set()).add(key)
+        replaces = self.answers.replaced(wish, key, self.ledger.cache_of)
         state = self.ledger.state[key]
         pending = self.loads.queued(key)
         if pending is not None:
@@ -238,5 +239,5 @@ class Desk:
             # Demand comes first in an event's order; 1 << 19 is more than any demand.
             transfer = self.loads.transfer(key, phase, (1 << 19) + order, prefetch=True)
             transfer.priority, transfer.expires = wish.priority, wish.expires
-            transfer.replaces = self.answers.replaced(wish, key, self.ledger.cache_of)
+            transfer.replaces = replaces
             self.loads.enqueue(transfer)

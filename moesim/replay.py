@@ -585,7 +585,7 @@ def _blaming(spec: PolicySpec) -> Iterator[None]:
         yield
     except PolicyError as error:
         raise PolicyError(f"{spec.name}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         if isinstance(error, MoesimError) or not spec.foreign:
             raise
         # SimPy raises a copy; where it came from is its cause.

@@ -6,7 +6,9 @@ and nothing half-written stays.
 
 from __future__ import annotations
 
+import _thread
 import math
+import operator
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ import numpy as np
 import pytest
 
 from moesim.cli import main
+from moesim.engine import kernel
 from moesim.engine.fast import FastEngine
 from moesim.engine.reference import ReferenceEngine
-from moesim.errors import PolicyError
+from moesim.errors import PolicyError, UsageError
 from moesim.policy import CacheView, PlainPolicy
-from moesim.types import AnyArray, Fact, Gate, LayerEvent, Plan, Prefetch
+from moesim.types import AnyArray, Fact, Gate, Job, LayerEvent, Plan, Prefetch
 from tests.harness import drive, setup_of, works_of
 from tests.test_laws import mixed_case
 
@@ -91,6 +95,36 @@ ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
         "an expert beyond": wish(expert=10**6),
         "an expert far beyond": wish(expert=HUGE),
         "no number for an expert": wish(expert=math.nan),
+        "text for an expert": wish(expert="1"),
+        "a float for an expert": wish(expert=1.0),
+        "an end far beyond": wish(expires=HUGE),
+        "no number for an end": wish(expires=math.nan),
+        "an infinite end": wish(expires=math.inf),
+        "no end": wish(expires=None),
+        "a priority far beyond": wish(priority=-HUGE),
+        "no number for a priority": wish(priority=math.nan),
+        "no priority": wish(priority=None),
+        "a float for a precision": wish(precision=0.0),
+        "no place": wish(replaces=None),
+        "no prefetches": plan(prefetches=None),
+        "ids for prefetches": plan(prefetches=[1, 2]),
+        "pairs for prefetches": plan(prefetches=[(1, 2)]),
+        "nothing to cancel": plan(cancel=None),
+        "an array to cancel": plan(cancel=np.arange(2)),
+        "floats to cancel": plan(cancel=[1.5]),
+        "a new priority far beyond": plan(reprioritise=[(1, HUGE)]),
+        "no number for a new priority": plan(reprioritise=[(1, math.nan)]),
+        "half a pair": plan(reprioritise=[(1,)]),
+        "no job": plan(jobs=[None]),
+        "a job of less than nothing": plan(jobs=[Job(-1, 0)]),
+        "a job of no number": plan(jobs=[Job(math.nan, 0)]),
+        "a job far beyond": plan(jobs=[Job(HUGE, 0)]),
+        "work of less than nothing": plan(foreground_ops=-1),
+        "work of no number": plan(foreground_ops=math.nan),
+        "no work": plan(foreground_ops=None),
+        "work far beyond": plan(foreground_ops=HUGE),
+        "a list of ways to serve": plan(serve=[1]),
+        "text for a way to serve": serve("fetch"),
         "a precision below": wish(precision=-1),
         "a precision beyond": wish(precision=3),
         "a place beyond": wish(replaces=10**9),
@@ -117,6 +151,10 @@ ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "victims": {
         "nobody": lambda _: [],
+        "nothing": lambda _: None,
+        "a number": lambda _: 3,
+        "lists": lambda candidates: [[c] for c in candidates],
+        "floats": lambda candidates: [float(c) for c in candidates],
         "text": lambda _: "ab",
         "no number": lambda _: [math.nan],
         "below": lambda _: [-1],
@@ -130,15 +168,23 @@ ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
         "too few": lambda experts: experts[:, :1],
         "no tokens": lambda experts: experts[:0],
         "a list": lambda experts: experts.tolist(),
+        "one expert twice": np.zeros_like,
         "beyond": lambda experts: experts + np.uint16(1000),
     },
 }
 
 
-def outcome(engine: Any, where: str, answer: Callable[..., Any]) -> tuple[type, str]:
+def outcome(
+    engine: Any, where: str, answer: Callable[..., Any], ops_per_s: float = 1e9
+) -> tuple[type, str]:
     """What a run with a wrong policy ends with."""
     case = mixed_case(np.random.default_rng(3))
-    tight = replace(case, capacity_bytes=(max(case.booked()) * 2,))
+    host = replace(case.hardware.host, policy_ops_per_s=ops_per_s)
+    tight = replace(
+        case,
+        capacity_bytes=(max(case.booked()) * 2,),
+        hardware=replace(case.hardware, host=host),
+    )
     with pytest.raises(Exception) as caught:
         drive(engine(setup_of(tight, Wrong(where, answer))), works_of(tight))  # type: ignore[arg-type]
     # SimPy raises a copy.
@@ -164,6 +210,13 @@ def test_what_a_policy_raises_comes_through(where: str, error: Exception) -> Non
 
     for engine in (FastEngine, ReferenceEngine):
         assert outcome(engine, where, raises) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("answer", [plan(foreground_ops=1 << 62), plan(jobs=[Job(1 << 62, 0)])])
+def test_work_that_outlasts_the_clock_is_refused_alike(answer: Callable[..., Any]) -> None:
+    fast = outcome(FastEngine, "on", answer, ops_per_s=1.0)
+    assert fast == outcome(ReferenceEngine, "on", answer, ops_per_s=1.0)
+    assert fast[0] is UsageError and "146 years" in fast[1]
 
 
 # ---- on the command line -------------------------------------------------------------------------
@@ -221,7 +274,53 @@ def test_a_policy_that_raises_is_one_line_that_names_it(
     assert not out.exists() or not list(out.iterdir())
 
 
+@pytest.mark.parametrize("error", ["SystemExit(0)", "GeneratorExit", "StopIteration"])
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_no_policy_ends_the_program(
+    error: str,
+    engine: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = f"ending_{engine}_{error.strip('(0)')}"
+    text = RAISING.format(name="Mine", method="on", traits="pass", error=error)
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("replay", "--trace", "demo", "--engine", engine, "--policy", f"{name}:Mine")
+    assert main([*words]) == 2
+    printed, said = capsys.readouterr()
+    assert printed == "" and said.count("\n") == 1 and said.startswith(f"moesim: error: {name}")
+
+
 # ---- Ctrl-C --------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_on_the_way_into_a_policy_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the core calls Python, an error that is raised before its first line has no caller."""
+    case = mixed_case(np.random.default_rng(3))
+    engine = FastEngine(setup_of(case, PlainPolicy()))  # type: ignore[arg-type]
+    run, entered = kernel.run, [0]
+
+    def pressed(machine: Any) -> int:
+        entered[0] += 1
+        if entered[0] != 2:
+            return run(machine)
+        # Nothing looks for signals between the two.
+        _, stopped = map(operator.call, (_thread.interrupt_main, partial(run, machine)))
+        return int(stopped)
+
+    monkeypatch.setattr(kernel, "run", pressed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            drive(engine, works_of(case))  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert entered[0] == 2
+    assert capfd.readouterr() == ("", "")
 
 
 SPINNING = """

@@ -8,18 +8,23 @@ stops the core and is raised again once it has been left.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from moesim.answers import Answers
 from moesim.engine.block import Block
+from moesim.engine.clock import TOO_LONG
 from moesim.engine.fields import Ask, C, Command, D, Heard, K, Q, S
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.setup import Setup
 from moesim.engine.wishes import obey
+from moesim.errors import UsageError
 from moesim.types import (
     NEVER,
     NO_PLAN,
@@ -42,6 +47,7 @@ from moesim.view import Window
 from moesim.workload import Step, begin_facts, end_facts, union
 
 # Plain numbers: an enumeration's members are slow to look up where every layer event does it.
+NOW = int(S.NOW)
 EVENT, GATE_LAYER, GATE_STEP, N_DEMAND = map(int, (S.EVENT, S.GATE_LAYER, S.GATE_STEP, S.N_DEMAND))
 N_NOTES, N_CANDIDATES, LACKING = map(int, (S.N_NOTES, S.N_CANDIDATES, S.LACKING))
 FOREGROUND, NAMED, PREDICTED = map(int, (S.FOREGROUND, S.NAMED, S.PREDICTED))
@@ -113,6 +119,25 @@ class Asked:
             self._m.s[S.FAILED] = 1
             return STOPPED
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While the core runs. A Ctrl-C that is heard on the way into ``__call__`` is raised to
+        nobody: ctypes would tell it and go on with an answer of 0."""
+        before = sys.unraisablehook
+
+        def lost(what: Any) -> None:
+            if not issubclass(what.exc_type, KeyboardInterrupt):
+                before(what)
+                return
+            self.error = KeyboardInterrupt()
+            self._m.s[S.FAILED] = 1
+
+        sys.unraisablehook = lost
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+
     # ---- facts -----------------------------------------------------------------------------------
 
     def _hear(self) -> None:
@@ -177,11 +202,11 @@ class Asked:
             self._s[PREDICTED] += len(named.intersection(gate.experts.tolist()))
         plan = self.answers.plan(gate)
         ops = plan.foreground_ops
-        self._s[FOREGROUND] = self._setup.costs.job_ns(ops, 0) if ops else 0
+        self._s[FOREGROUND] = self._lasting(self._setup.costs.job_ns(ops, 0)) if ops else 0
         if plan.serve:
             self._serve(gate, plan)
         self._plan = plan
-        return not (plan is NO_PLAN or plan == NO_PLAN)
+        return plan is not NO_PLAN and plan != NO_PLAN
 
     def _serve(self, gate: Gate, plan: Plan) -> None:
         for i in np.flatnonzero(gate.status == MISS).tolist():
@@ -189,7 +214,13 @@ class Asked:
 
     def _job_begin(self, worker: int) -> int:
         job = self._running[worker] = self._queued.popleft()
-        return self._setup.costs.job_ns(job.ops, job.nbytes)
+        return self._lasting(self._setup.costs.job_ns(job.ops, job.nbytes))
+
+    def _lasting(self, duration_ns: int) -> int:
+        """A duration, if the clock can hold its end."""
+        if self._s[NOW] + duration_ns >= NEVER:
+            raise UsageError(TOO_LONG)
+        return duration_ns
 
     def _job_done(self, worker: int) -> int:
         self._tell(JobDone(self._running.pop(worker), self.answers.event), Phase.DECODE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TypeGuard
 
 import numpy as np
@@ -293,6 +294,10 @@ class FastEngine:
 
     def _run(self, machine: M, made: Block | None) -> None:
         """Let the core run until the steps are done."""
+        with nullcontext() if self._asked is None else self._asked.interruptible():
+            self._take_turns(machine, made)
+
+    def _take_turns(self, machine: M, made: Block | None) -> None:
         stopped = kernel.STEP_DONE
         while stopped != kernel.BLOCK_DONE:
             stopped = self._enter(machine, closed=stopped == kernel.STEP_DONE)
