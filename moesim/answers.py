@@ -30,6 +30,7 @@ from moesim.types import (
 from moesim.view import Window
 
 MISS = int(Status.MISS)
+INT64 = np.dtype(np.int64)
 LISTS = ("prefetches", "cancel", "reprioritise", "jobs")
 
 
@@ -101,8 +102,9 @@ class Answers:
                 raise self._wrong(f"a plan's {name} must be a list or a tuple, got {kind}")
         for wish in plan.prefetches:
             self._refuse_unless(isinstance(wish, Prefetch), "a prefetch", wish)
-            for name, value in zip(Prefetch._fields, wish, strict=True):
-                self._refuse_unless(_is_whole(value), f"{name} of a prefetch", value)
+            if not all(map(_is_whole, wish)):
+                for name, value in zip(Prefetch._fields, wish, strict=True):
+                    self._refuse_unless(_is_whole(value), f"{name} of a prefetch", value)
         for expert in plan.cancel:
             self._refuse_unless(_is_whole(expert), "an expert to cancel", expert)
         for pair in plan.reprioritise:
@@ -143,13 +145,16 @@ class Answers:
 
     def scores(self, keys: Sequence[int]) -> IntArray:
         """int64 worth of each key's expert now."""
-        experts = np.array(keys, np.int64)
+        return self._worth(np.array(keys, np.int64))
+
+    def _worth(self, experts: IntArray) -> IntArray:
+        """Of keys, in an array that the policy may keep."""
         if self._precisions > 1:
             experts %= self._size
         worth = np.asarray(self.policy.scores(experts, self.event))
-        if worth.shape != experts.shape or worth.dtype != np.int64:
+        if worth.dtype != INT64 or worth.shape != experts.shape:
             raise self._wrong(
-                f"scores must be int64 [{len(keys)}], got {worth.dtype} {list(worth.shape)}"
+                f"scores must be int64 [{len(experts)}], got {worth.dtype} {list(worth.shape)}"
             )
         return worth
 
@@ -162,11 +167,16 @@ class Answers:
             return []
         if not self.policy.scored:
             return self._named(candidates, lacking, why_not)
-        worth = self.scores(candidates)
-        least = candidates[int(worth.argmin())]
+        return self.by_score(np.array(candidates, np.int64), lacking)
+
+    def by_score(self, candidates: IntArray, lacking: int) -> list[int]:
+        """``in_order`` of one or more candidates for a policy that is scored."""
+        worth = self._worth(candidates.copy())
+        least: int = candidates.item(worth.argmin())
         if self._bytes_of[least] >= lacking:
             return [least]
-        return [candidates[i] for i in np.argsort(worth, kind="stable")]
+        ordered: list[int] = candidates[worth.argsort(kind="stable")].tolist()
+        return ordered
 
     def below(self, candidates: list[int], key: int) -> list[int]:
         """Those worth less than what would come in their place."""
@@ -251,6 +261,8 @@ def _mass(gate: AnyArray, experts: AnyArray) -> int:
 
 def _is_whole(value: object) -> bool:
     """An integer that every host can keep."""
+    if type(value) is int:
+        return -NEVER <= value <= NEVER
     known = isinstance(value, int | np.integer)
     return known and -NEVER <= int(value) <= NEVER  # type: ignore[call-overload]
 

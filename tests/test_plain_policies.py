@@ -6,8 +6,9 @@ get the same; it writes down every call with its arguments and all that it can s
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from moesim.policy import CacheView, PlainPolicy, World
 from moesim.types import (
     DROPPED,
     NEVER,
+    NO_PLAN,
     AnyArray,
     Fact,
     Gate,
@@ -37,6 +39,7 @@ from moesim.types import (
     Serve,
     State,
     Status,
+    quick_maker,
 )
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
 from tests.strategies import Case, cases, specs
@@ -331,3 +334,45 @@ def test_what_a_policy_sees_is_always_current() -> None:
     case = mixed_case(np.random.default_rng(2))
     drive(FastEngine(setup_of(case, Keeper())), works_of(case))  # type: ignore[arg-type]
     assert seen and all(seen)
+
+
+class Keeper(PlainPolicy):
+    """Keeps every gate, what it said when it came, and the experts whose scores it was asked."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[object, object]] = []
+
+    def on(self, fact: Fact, cache: CacheView) -> Plan:
+        if isinstance(fact, Gate):
+            self.kept.append((fact, written(fact)))
+        return NO_PLAN
+
+    def scores(self, experts: IntArray, event: int) -> IntArray:
+        self.kept.append((experts, written(experts)))
+        return -experts
+
+
+@pytest.mark.parametrize("engine", [FastEngine, ReferenceEngine])
+@pytest.mark.parametrize("flat", [False, True])
+def test_facts_may_be_kept(engine: Any, flat: bool) -> None:
+    """They stay as they were told, also when the next ones are under way."""
+    case = mixed_case(np.random.default_rng(3))
+    options = replace(case.options, flat=flat)
+    tight = replace(case, capacity_bytes=(max(case.booked()) * 2,), options=options)
+    keeper = Keeper()
+    drive(engine(setup_of(tight, keeper)), works_of(tight))  # type: ignore[arg-type]
+    assert {type(what) for what, _ in keeper.kept} == {Gate, np.ndarray}
+    for what, said in keeper.kept:
+        assert written(what) == said
+
+
+def test_a_quickly_made_fact_is_one_like_any_other() -> None:
+    values = (3, 1, 0, (), np.zeros((1, 2), np.uint16), None, None, {}, None)
+    event, quick = LayerEvent(*values), quick_maker(LayerEvent)(*values)
+    assert type(quick) is LayerEvent and written(quick) == written(event)
+    assert written(replace(quick, layer=5)) == written(replace(event, layer=5))
+    assert written(pickle.loads(pickle.dumps(quick))) == written(event)
+    with pytest.raises(FrozenInstanceError):
+        quick.layer = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        quick_maker(LayerEvent)(*values[1:])

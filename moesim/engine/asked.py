@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moesim.answers import Answers
-from moesim.engine.block import Block
+from moesim.engine.block import Sources
 from moesim.engine.clock import TOO_LONG
 from moesim.engine.fields import Ask, C, Command, D, Heard, K, Q, S
 from moesim.engine.machine import HostFunction, M
@@ -42,6 +42,7 @@ from moesim.types import (
     Serve,
     State,
     Status,
+    quick_maker,
 )
 from moesim.view import Window
 from moesim.workload import Step, begin_facts, end_facts, union
@@ -50,11 +51,11 @@ from moesim.workload import Step, begin_facts, end_facts, union
 NOW = int(S.NOW)
 EVENT, GATE_LAYER, GATE_STEP, N_DEMAND = map(int, (S.EVENT, S.GATE_LAYER, S.GATE_STEP, S.N_DEMAND))
 N_NOTES, N_CANDIDATES, LACKING = map(int, (S.N_NOTES, S.N_CANDIDATES, S.LACKING))
+D_HEAD, D_TAIL, P_COUNT = map(int, (S.D_HEAD, S.D_TAIL, S.P_COUNT))
 FOREGROUND, NAMED, PREDICTED = map(int, (S.FOREGROUND, S.NAMED, S.PREDICTED))
-EXPERT, TOKENS, STATUS, PHASE = map(int, (D.EXPERT, D.TOKENS, D.STATUS, D.PHASE))
-
 MISS = int(Status.MISS)
 FETCH = int(Serve.FETCH)
+make_gate = quick_maker(Gate)
 STOPPED = 0
 """What a core gets for an answer whose policy has failed: nothing to do."""
 
@@ -67,7 +68,8 @@ class Asked:
 
     def __init__(self, setup: Setup, machine: M) -> None:
         self.error: BaseException | None = None
-        self.block: Block | None = None
+        self.sources: Sources | None = None
+        """Of the block under way."""
         self.jobs = 0
         self._setup = setup
         self._m = machine
@@ -75,12 +77,14 @@ class Asked:
         self._s = memoryview(machine.s)
         self._victim = memoryview(machine.q[Q.VICTIMS])
         self._offered = machine.q[Q.CANDIDATES]
+        self._status = machine.cur[D.STATUS]
         self._size = setup.world.size
         self._bytes_of: list[int] = machine.k[K.BYTES, : len(machine.state)].tolist()
         self._cache_of: list[int] = machine.k[K.CACHE, : len(machine.state)].tolist()
         self.view = _view(setup, machine)
         self.answers = Answers(setup.policy, setup.world, self.view, self._bytes_of)
         self._picky = setup.policy.bypass
+        self._simply = setup.policy.scored and not setup.policy.bypass
         self._plan = NO_PLAN
         self._queued: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -98,14 +102,14 @@ class Asked:
             Ask.NOTES: lambda _: 0,
         }
         self._answers = [answers[what] for what in Ask]
-        self._function = HostFunction(self)
+        self._function = HostFunction(self._answer)
 
     @property
     def address(self) -> int:
         """Where the core calls."""
         return int(ctypes.cast(self._function, ctypes.c_void_p).value or 0)
 
-    def __call__(self, what: int, about: int) -> int:
+    def _answer(self, what: int, about: int) -> int:
         """Answer the core."""
         if self.error is not None:
             return STOPPED
@@ -156,14 +160,13 @@ class Asked:
             else:
                 tell(Dropped(expert, precision, event))
 
-    def _source(self, row: int) -> LayerEvent:
-        assert self.block is not None and self.block.sources is not None
-        event, layer, step = self._s[EVENT], self._s[GATE_LAYER], self._s[GATE_STEP]
-        return self.block.sources.layer_event(row, event, step, layer)
+    def _source(self, row: int, event: int) -> LayerEvent:
+        assert self.sources is not None
+        return self.sources.layer_event(row, event, self._s[GATE_STEP], self._s[GATE_LAYER])
 
     def _route(self, row: int) -> int:
-        self.answers.event = self._s[EVENT]
-        source = self._routed = self._source(row)
+        event = self.answers.event = self._s[EVENT]
+        source = self._routed = self._source(row, event)
         chosen = self.answers.route(source)
         if chosen is not None:
             self._demand(source, chosen)
@@ -190,12 +193,20 @@ class Asked:
         return known
 
     def _gate(self, row: int) -> int:
-        event = self.answers.event = self._s[EVENT]
-        n = self._s[N_DEMAND]
-        source, self._routed = self._routed or self._source(row), None
-        wanted = self._m.cur[:, :n].copy()
-        few = wanted.astype(np.uint8)
-        gate = Gate(source, wanted[EXPERT], wanted[TOKENS], few[STATUS], few[PHASE])
+        s = self._s
+        event = self.answers.event = s[EVENT]
+        status = self._status[: s[N_DEMAND]].astype(np.uint8)
+        source = self._routed
+        if source is None:
+            sources = self.sources
+            assert sources is not None
+            source = sources.layer_event(row, event, s[GATE_STEP], s[GATE_LAYER])
+            experts, tokens, phases = sources.demanded(row)
+        else:
+            self._routed = None
+            experts, tokens = self._m.cur[[D.EXPERT, D.TOKENS], : len(status)]
+            phases = self._m.cur[D.PHASE, : len(status)].astype(np.uint8)
+        gate = make_gate(source, experts, tokens, status, phases)
         named = self._named.pop(event, None) if self._named else None
         if named is not None:
             self._s[NAMED] += len(named)
@@ -259,12 +270,20 @@ class Asked:
     def _obey(self, commands: Iterator[Row], phase: Phase) -> None:
         """Have the core carry out commands, as many at once as it takes."""
         told = self._m.told
+        rows = list(islice(commands, len(told)))
+        if not rows and not self._waits_for_link():
+            return
         while True:
-            rows = list(islice(commands, len(told)))
             told[: len(rows)] = rows or 0
             obey(self._m, len(rows), int(phase))
             if len(rows) < len(told):
                 return
+            rows = list(islice(commands, len(told)))
+
+    def _waits_for_link(self) -> bool:
+        """Whether anything may need the link to be woken, as is done after every plan."""
+        s = self._s
+        return bool(s[D_HEAD] != s[D_TAIL] or s[P_COUNT])
 
     def _commands(self, plan: Plan) -> Iterator[Row]:
         answers = self.answers
@@ -298,12 +317,20 @@ class Asked:
 
     def _choose(self, load: int) -> int:
         """``Link._choose`` among the candidates for a load, or for a smaller cache (-1)."""
-        keys, lacking = self._candidates(), self._s[LACKING]
+        lacking = self._s[LACKING]
+        if self._simply:
+            offered = self._offered[: self._s[N_CANDIDATES]]
+            offered.sort()
+            return self._in_turn(self.answers.by_score(offered, lacking), lacking)
+        keys = self._candidates()
         if self._picky and load >= 0 and self._m.k[K.IS_PREFETCH, load]:
             keys = self.answers.below(keys, load)
             if sum(self._bytes_of[key] for key in keys) < lacking:
                 return 0
-        ordered = self.answers.in_order(keys, lacking, self._why_not)
+        return self._in_turn(self.answers.in_order(keys, lacking, self._why_not), lacking)
+
+    def _in_turn(self, ordered: list[int], lacking: int) -> int:
+        """Victims in order until the bytes suffice."""
         if len(ordered) == 1:
             self._victim[0] = ordered[0]
             return 1

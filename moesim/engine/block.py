@@ -15,7 +15,7 @@ from moesim.costs import Costs
 from moesim.engine.fields import D, E, T
 from moesim.engine.foresight import Foreseer
 from moesim.errors import UsageError
-from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot
+from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot, quick_maker
 from moesim.workload import (
     KnownFuture,
     Passes,
@@ -24,6 +24,8 @@ from moesim.workload import (
     layer_spans,
     slots_of,
 )
+
+make_event = quick_maker(LayerEvent)
 
 LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
 """What a look-up of costs packs into one number: layers that differ, context, tokens."""
@@ -136,7 +138,7 @@ class BlockMaker:
             last = self._accesses + demand.shape[1]
             demand[D.NEXT_USE] = following[self._accesses : last]
         self._accesses += demand.shape[1]
-        sources = _sources(rows, experts, starts, row) if self._asked else None
+        sources = _sources(rows, experts, starts, row, events, demand) if self._asked else None
         ids = demand[D.EXPERT].astype(np.uint32)
         table = self._steps(items, counts)
         events[:, E.SIGHT] = -1
@@ -411,10 +413,12 @@ def _kinds(codes: IntArray) -> tuple[list[int], IntArray]:
 
 @dataclass(slots=True)
 class Sources:
-    """What a block's ``LayerEvent``s are made of.
+    """What a block's facts are made of.
 
     starts : row of the block where each whole layer event begins, and the end. slots : of each
     whole layer event. access : in flat mode, the access ``row * k + rank`` that each event is.
+    bounds : of each event in the demand, whose columns (ids, tokens, phases) are no part of the
+    block: no event looks at those of another, whatever a policy does with its own.
     """
 
     experts: AnyArray
@@ -425,6 +429,15 @@ class Sources:
     starts: list[int]
     slots: list[tuple[Slot, ...]]
     access: list[int] | None
+    bounds: list[int]
+    demand: tuple[IntArray, IntArray, AnyArray]
+
+    def demanded(self, row: int) -> tuple[IntArray, IntArray, AnyArray]:
+        """Expert ids, tokens and phases of a block's event."""
+        bounds = self.bounds
+        first, last = bounds[row], bounds[row + 1]
+        experts, tokens, phases = self.demand
+        return experts[first:last], tokens[first:last], phases[first:last]
 
     def layer_event(self, row: int, event: int, step: int, layer: int) -> LayerEvent:
         """A block's event, as ``workload.layer_events`` or ``flat_events`` would give it."""
@@ -452,7 +465,7 @@ class Sources:
         step: int,
         layer: int,
     ) -> LayerEvent:
-        return LayerEvent(
+        return make_event(
             event,
             step,
             layer,
@@ -465,7 +478,14 @@ class Sources:
         )
 
 
-def _sources(rows: _Rows, experts: AnyArray, starts: IntArray, access: IntArray | None) -> Sources:
+def _sources(
+    rows: _Rows,
+    experts: AnyArray,
+    starts: IntArray,
+    access: IntArray | None,
+    events: IntArray,
+    demand: IntArray,
+) -> Sources:
     works = [piece[0] for piece in rows.pieces]
 
     def gathered(column: Sequence[AnyArray | None]) -> AnyArray | None:
@@ -486,4 +506,10 @@ def _sources(rows: _Rows, experts: AnyArray, starts: IntArray, access: IntArray 
         starts.tolist(),
         rows.slots,
         None if access is None else access.tolist(),
+        [*events[:, E.FIRST].tolist(), demand.shape[1]],
+        (
+            demand[D.EXPERT].copy(),
+            demand[D.TOKENS].copy(),
+            demand[D.PHASE].astype(np.uint8),
+        ),
     )

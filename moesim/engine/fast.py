@@ -253,7 +253,7 @@ class FastEngine:
         machine.s[S.STEP] = 0
         machine.s[O.QUICK] = self._is_quick(made)
         if self._asked is not None:
-            self._asked.block = made
+            self._asked.sources = made.sources
         kernel.schedule_step(machine)
         self._run(machine, made)
         row = 0
