@@ -29,10 +29,20 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import NullCache
 
+from moesim.compiler import PartCompiler, WholeCompiler
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("compiled.py", "hashing.py", "log.py", "types.py", "engine/*.py", "policies/*.py")
+SOURCES = (
+    "compiled.py",
+    "compiler.py",
+    "hashing.py",
+    "log.py",
+    "types.py",
+    "engine/*.py",
+    "policies/*.py",
+)
 """Where the parts of compiled code lie, below the package; whatever else its modules import is for
 Python alone."""
 
@@ -53,6 +63,7 @@ _INNER: dict[str, Any] = {
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
     "forceinline": True,
+    "pipeline_class": PartCompiler,
 }
 
 
@@ -62,7 +73,8 @@ def entry(function: F, *, allocates: bool = False) -> F:
     if config.DISABLE_JIT:
         # Compiled integers wrap around in silence.
         return np.errstate(over="ignore")(function)
-    compiler: Any = numba.njit(**({} if allocates else _LEAN))
+    lean = {**_LEAN, "pipeline_class": WholeCompiler}
+    compiler: Any = numba.njit(**({} if allocates else lean))
     return cast(F, compiler(function))
 
 
