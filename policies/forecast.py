@@ -27,16 +27,26 @@ from moesim.types import (
     State,
 )
 
+# Plain numbers: an enumeration's members are slow to look up where every layer event does it.
+ABSENT, MOVING = int(State.ABSENT), (int(State.QUEUED), int(State.IN_FLIGHT))
+
 PRIORITY_SHIFT = 20
 """Priorities are probabilities over distances, in 2**-20 of 1/16384."""
 
 
 class Foresight(NamedTuple):
-    """What a seat makes of a fact. ``ops`` and ``nbytes``: the work of it."""
+    """What a seat makes of a fact.
+
+    forecasts : of layers ahead in this pass; a layer that is not ahead is the next pass's.
+    ops, nbytes : the work of it.
+    kept_ops, kept_nbytes : that part of it which later forecasts build upon.
+    """
 
     forecasts: Sequence[Forecast]
     ops: int
     nbytes: int
+    kept_ops: int = 0
+    kept_nbytes: int = 0
 
 
 class _Due(NamedTuple):
@@ -47,7 +57,7 @@ class _Due(NamedTuple):
 
 
 def priority(probability: int, distance: int) -> int:
-    """FineMoE's PRI = p / (l - l_now) (EuroSys'26, section 4.3), rounded down."""
+    """FineMoE's PRI = p / (l - l_now) (EuroSys'26, arXiv 2502.05370), rounded down."""
     return (probability << PRIORITY_SHIFT) // distance
 
 
@@ -57,7 +67,8 @@ class ForecastSeat(PrefetchSeat):
 
     background : forecasts come from a job on a host worker; else their work is charged on the
         critical path of the next layer event.
-    queue : jobs that may wait; where as many do, a new forecast is dropped.
+    queue : jobs that may wait; where as many do, a new forecast is dropped. What later forecasts
+        build upon is not dropped with it: its work is added to the next job's.
     refresh : whether priorities rise as inference comes nearer.
     renew : whether a newer forecast of a layer takes back what an older one has in the queue.
     """
@@ -79,7 +90,8 @@ class ForecastSeat(PrefetchSeat):
         self.world = world
         self.dropped = 0
         self._event = self._here = -1
-        self._owed_ops = 0
+        self._first = 0
+        self._owed_ops = self._owed_nbytes = 0
         self._wished: dict[ExpertId, tuple[int, int]] = {}
         for fact in world.past() if world.past is not None else ():
             self.learn(fact)
@@ -98,30 +110,40 @@ class ForecastSeat(PrefetchSeat):
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """Commission the work of new forecasts, deliver those that are done, refresh the rest."""
         if isinstance(fact, JobDone):
-            return self._deliver(fact.job.result, cache)
+            return self._deliver(fact.job.result, cache) if fact.job.result else NO_PLAN
         if isinstance(fact, Gate):
             self._event, self._here = fact.event, fact.layer
         elif isinstance(fact, IterationBegin):
-            self._here = (self.world.decode_from if fact.phase else 0) - 1
+            self._first = self.world.decode_from if fact.phase else 0
+            self._here = self._first - 1
         foresight = self.foresee(fact)
         plan = self._refreshed(cache) if isinstance(fact, Gate) else NO_PLAN
         if foresight is not None:
             plan = self._commission(foresight, plan, cache)
-        if isinstance(fact, Gate) and self._owed_ops:
+        if not self.background and isinstance(fact, Gate) and self._owed_ops:
             plan = replace(plan, foreground_ops=self._owed_ops)
             self._owed_ops = 0
         return plan
 
     def _commission(self, foresight: Foresight, plan: Plan, cache: CacheView) -> Plan:
-        due = [_Due(f, self._event + f.layer - self._here) for f in foresight.forecasts]
+        due = [_Due(f, self._event + self._distance(f.layer)) for f in foresight.forecasts]
         if not self.background:
             # What is foreseen between layer events is charged at the next of them.
             self._owed_ops += foresight.ops
             return replace(self._deliver(due, cache), reprioritise=plan.reprioritise)
         if cache.jobs_waiting >= self.queue:
-            self.dropped += 1
+            self.dropped += bool(due)
+            self._owed_ops += foresight.kept_ops
+            self._owed_nbytes += foresight.kept_nbytes
             return plan
-        return replace(plan, jobs=[Job(foresight.ops, foresight.nbytes, due)])
+        ops, nbytes = foresight.ops + self._owed_ops, foresight.nbytes + self._owed_nbytes
+        self._owed_ops = self._owed_nbytes = 0
+        return replace(plan, jobs=[Job(ops, nbytes, due)])
+
+    def _distance(self, layer: int) -> int:
+        """Layer events from here to a layer of this pass, or else of the next."""
+        ahead = layer - self._here
+        return ahead if ahead > 0 else ahead + self.world.layers - self._first
 
     def _deliver(self, due: Sequence[_Due], cache: CacheView) -> Plan:
         """Forecasts as wishes; what inference has overtaken informs the keep seat alone."""
@@ -146,8 +168,11 @@ class ForecastSeat(PrefetchSeat):
         return named
 
     def _outdated(self, event: int, named: set[ExpertId], cache: CacheView) -> list[ExpertId]:
+        """What an older forecast named for the event and this one does not; nobody's wish now."""
         old = [e for e, (_, when) in self._wished.items() if when == event and e not in named]
-        return [e for e in old if cache.states[e] in (State.QUEUED, State.IN_FLIGHT)]
+        for expert in old:
+            del self._wished[expert]
+        return [e for e in old if cache.states[e] in MOVING]
 
     def _refreshed(self, cache: CacheView) -> Plan:
         """Priorities as seen from this layer event; what is past is forgotten."""
@@ -161,6 +186,6 @@ class ForecastSeat(PrefetchSeat):
             reprioritise=[
                 (expert, priority(share, event - self._event))
                 for expert, (share, event) in self._wished.items()
-                if states[expert] != State.ABSENT
+                if states[expert] != ABSENT
             ]
         )
