@@ -84,11 +84,11 @@ class Answers:
             if plan.serve and not self.policy.lossy:
                 self._refuse_skipping(fact, plan)
             if self.quality is not None:
-                _count(self.quality, fact, self._executed(fact, plan))
+                _count(self.quality, fact, self.executed(fact, plan))
         return plan
 
-    def _executed(self, gate: Gate, plan: Plan) -> AnyArray:
-        """uint16 [T, k]: what each token gets."""
+    def executed(self, gate: Gate, plan: Plan) -> AnyArray:
+        """uint16 [T, k]: what each token of the newest gate gets."""
         executed = gate.source.token_experts if self._routed is None else self._routed
         missing = gate.experts[gate.status == MISS].tolist() if plan.serve else []
         skipped = [e % self._experts for e in missing if plan.serve.get(e) == Serve.SKIP]

@@ -7,23 +7,27 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from moesim.errors import UsageError
-from moesim.types import IntArray
+from moesim.types import ExpertId, IntArray
 
 _UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
-_HELP = "write 24GiB, 25%, 192 (experts in all) or 8/layer"
+_HELP = "write 24GiB, 25%, 192 (experts in all), 8/layer or 8:6:4/layer (one number a layer)"
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """``capacity_bytes``: one number (scope "global") or one a layer (scope "layer")."""
+    """``capacity_bytes``: one number (scope "global") or one a layer (scope "layer").
+
+    starts : experts that are there at the start, free; None: as the run's initial state says.
+    """
 
     text: str
     scope: str
     capacity_bytes: tuple[int, ...]
+    starts: tuple[ExpertId, ...] | None = None
 
 
 def parse_bytes(text: str, what: str) -> int:
@@ -60,6 +64,8 @@ def parse_capacity(text: str, scope: str, expert_bytes: IntArray, experts: int) 
     whole = sum(sizes) * experts
     if match := re.fullmatch(r"([0-9]+)/layer", text):
         scope, given = "layer", tuple(int(match[1]) * size for size in sizes)
+    elif re.fullmatch(r"[0-9]+(:[0-9]+)+/layer", text):
+        scope, given = "layer", _listed(text, sizes)
     elif match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text):
         if Fraction(match[1]) > 100:
             raise UsageError(f"--capacity {text}: more than there is; 100% holds every expert")
@@ -73,6 +79,16 @@ def parse_capacity(text: str, scope: str, expert_bytes: IntArray, experts: int) 
     given = tuple(min(g, whole) for g in given)
     _refuse_too_small(text, scope, given, sizes)
     return Capacity(text, scope, given)
+
+
+def _listed(text: str, sizes: list[int]) -> tuple[int, ...]:
+    counts = [int(n) for n in text.removesuffix("/layer").split(":")]
+    if len(counts) != len(sizes):
+        raise UsageError(
+            f"--capacity {text}: has {len(counts)} layers, and the model {len(sizes)}; give one "
+            "number for each"
+        )
+    return tuple(n * size for n, size in zip(counts, sizes, strict=True))
 
 
 def _share(share: Fraction, scope: str, sizes: list[int], experts: int) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class HeldFields(AttributeTemplate):
 
     key = Held
 
-    def generic_resolve(self, held: Any, name: Any) -> Any:
+    def generic_resolve(self, held: Any, name: Any) -> Any:  # type: ignore[override]
         """The type of a field; None if there is none of that name."""
         fields = held.whole.fields
         return held.whole.types[fields.index(name)] if name in fields else None

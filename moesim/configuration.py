@@ -24,7 +24,7 @@ from moesim.diagnose import diagnostics
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, parse_split, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
-from moesim.protocol import Policy, SeatPolicy, World
+from moesim.protocol import Policy, SeatPolicy, World, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import source_digest
 from moesim.serving import Setup
@@ -166,7 +166,7 @@ class Configuration:
     def setup(self, policy: Policy) -> Setup:
         """What a server of this configuration is given."""
         world = self.world()
-        initial, charged = self._initial(world)
+        initial, charged = self._initial(policy, world)
         return Setup(
             policy=policy,
             world=world,
@@ -313,7 +313,7 @@ class Configuration:
 
     @property
     def initial_kind(self) -> str:
-        """cold, static, file or all."""
+        """cold, static, policy, file or all."""
         return self.spec.initial if self.spec.initial == "all" else self._asked_initial
 
     @property
@@ -322,7 +322,7 @@ class Configuration:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _initial(self, world: World) -> tuple[list[ExpertId], bool]:
+    def _initial(self, policy: Policy, world: World) -> tuple[list[ExpertId], bool]:
         kind = self.initial_kind
         if kind == "cold":
             return [], True
@@ -330,6 +330,8 @@ class Configuration:
             return fitting(self.request.initial_experts, world, "slots"), False
         if kind == "all":
             return fitting(range(world.size), world, "slots"), False
+        if kind == "policy":
+            return fitting(initially(policy, world), world, "slots"), True
         ranked = np.argsort(-self.uses, kind="stable")
         used = [int(e) for e in ranked if self.uses[e]]
         return fitting(used, world, "slots"), True

@@ -31,6 +31,7 @@ from moesim.types import (
     Plan,
     Serve,
     State,
+    Swap,
 )
 
 
@@ -229,6 +230,10 @@ class PrefetchSeat(Seat):
         """Layer distances of the predictions that it reads (``Needs.AHEAD``)."""
         return ()
 
+    def initially(self, world: World) -> Sequence[ExpertId] | None:
+        """What is to be resident at the start (``--initial policy``); None: it has no wish."""
+        return None
+
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """Prefetches and cancellations; by default none."""
         return NO_PLAN
@@ -261,6 +266,9 @@ class RouteSeat(Seat):
     def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
         """uint16 [T, k] to execute instead, or None: as recorded."""
         return None
+
+    def swapped(self, swaps: Sequence[Swap], cache: CacheView) -> None:
+        """What the prefetch seat has just planned to put in the place of what."""
 
 
 SEAT_KINDS = ("prefetch", "keep", "miss", "route")
@@ -305,6 +313,10 @@ class SeatPolicy:
         for seat in self.seats:
             seat.begin(restrict(world, seat.needs))
 
+    def initially(self, world: World) -> Sequence[ExpertId] | None:
+        """What the prefetch seat wants resident at the start; None: it has no wish."""
+        return self.prefetch.initially(restrict(world, self.prefetch.needs))
+
     def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
         """The route seat's answer."""
         return self.routing.route(event, cache)
@@ -325,6 +337,8 @@ class SeatPolicy:
             self.keep.planned(absent)
         for forecast in plan.forecasts:
             self.keep.expected(forecast)
+        if plan.swaps:
+            self.routing.swapped(plan.swaps, cache)
         if isinstance(fact, Gate):
             serve = self.miss.serve(fact, cache)
             if serve:
@@ -378,6 +392,12 @@ class PlainPolicy:
 
     def note(self, fact: Note) -> None:
         """Nothing."""
+
+
+def initially(policy: Policy, world: World) -> Sequence[ExpertId]:
+    """What a policy wants resident at the start, most wanted first; nothing if it does not say."""
+    asked = policy.initially(world) if isinstance(policy, SeatPolicy) else None
+    return () if asked is None else asked
 
 
 def lacks(made: object) -> str:

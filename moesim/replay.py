@@ -27,7 +27,7 @@ from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
-from moesim.protocol import Policy, SeatPolicy, World
+from moesim.protocol import Policy, SeatPolicy, World, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, request_times, source_digest
 from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
@@ -59,7 +59,7 @@ class Request:
     trace: Path
     hardware: HardwareProfile
     policies: Sequence[str] = ("lru",)
-    capacities: Sequence[str] = ("25%",)
+    capacities: Sequence[str | Capacity] = ("25%",)
     settings: Sequence[str] = ()
     scope: str = "global"
     costs: ModelProfile | None = None
@@ -214,8 +214,10 @@ class _Replay:
     def _capacities(self) -> list[Capacity]:
         sizes = self.model.expert_bytes_table()
         return [
-            parse_capacity(text, self.request.scope, sizes, self.meta.experts)
-            for text in self.request.capacities
+            given
+            if isinstance(given, Capacity)
+            else parse_capacity(given, self.request.scope, sizes, self.meta.experts)
+            for given in self.request.capacities
         ]
 
     def _configure(self, spec: PolicySpec, capacity: Capacity, inputs: Inputs) -> _Run:
@@ -283,7 +285,11 @@ class _Replay:
             past=self._past(run.inputs) if Needs.PAST in policy.needs else None,
             future=self.future() if Needs.FUTURE in policy.needs else None,
         )
-        initial, charged = self._initial(run.spec, world)
+        if capacity.starts is None:
+            initial, charged = self._initial(run.spec, policy, world)
+        else:
+            initial = fitting(capacity.starts, world, self.request.options.allocator)
+            charged = False
         return Setup(
             policy=policy,
             world=world,
@@ -298,7 +304,9 @@ class _Replay:
     def _scheduler(self) -> Scheduler:
         return StaticBatch(self.request.batch, self.request.chunk_tokens)
 
-    def _initial(self, spec: PolicySpec, world: World) -> tuple[list[ExpertId], bool]:
+    def _initial(
+        self, spec: PolicySpec, policy: Policy, world: World
+    ) -> tuple[list[ExpertId], bool]:
         how, allocator = self._initial_kind(spec), self.request.options.allocator
         if how == "cold":
             return [], True
@@ -306,6 +314,8 @@ class _Replay:
             return fitting(self.request.initial_experts, world, allocator), False
         if how == "all":
             return fitting(range(world.size), world, allocator), False
+        if how == "policy":
+            return fitting(initially(policy, world), world, allocator), True
         uses = self.calibration()
         ranked = np.argsort(-uses, kind="stable")
         return fitting([int(e) for e in ranked if uses[e]], world, allocator), True
@@ -526,7 +536,9 @@ class _Replay:
     def _manifest(self, spec: PolicySpec, capacity: Capacity, engine: str) -> dict[str, Any]:
         request = self.request
         calibration = request.calibration
-        initial = self._initial_kind(spec)
+        initial, experts = self._initial_kind(spec), request.initial_experts
+        if capacity.starts is not None:
+            initial, experts = "file", capacity.starts
         learned = _meta(calibration).digest if calibration else None
         return {
             "schema": 1,
@@ -551,7 +563,7 @@ class _Replay:
             "seed": request.seed,
             "allowed": request.allowed.names(),
             "initial": initial,
-            "initial_experts": list(request.initial_experts) if initial == "file" else [],
+            "initial_experts": list(experts) if initial == "file" else [],
             "calibration": "hindsight" if self._in_hindsight and request.share else learned,
             "split": request.share.split.text if request.share else None,
         }

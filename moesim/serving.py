@@ -22,7 +22,7 @@ from moesim.loads import Loads, Transfer, urgency
 from moesim.log import LogDigest
 from moesim.protocol import Policy, World, restrict
 from moesim.tally import Tally
-from moesim.types import ExpertId, Gate, Job, Landed, Phase
+from moesim.types import ExpertId, Gate, Job, Landed, Phase, Plan
 from moesim.view import View
 from moesim.workload import DONE, STARVED, Item, Scheduler, Step, Work, layer_events
 
@@ -265,21 +265,29 @@ class Server(Desk):
     def _step(self, step: Step) -> None:
         self.begin_step(step)
         stall, misses = self.tally.times.stall, self.misses()
-        for item in layer_events(step, self.tally.events, self.world.experts):
-            self._layer_event(item)
-        head_tokens = sum(part.ends for part in step.parts)
-        if head_tokens:
-            self._compute_dense(-1, head_tokens, 0)
+        self._forward(step)
         for part in step.parts:
             times = self.times[part.work.index]
             times.stall_ns += self.tally.times.stall - stall
             times.misses += self.misses() - misses
         self.end_step(step)
 
+    def _forward(self, step: Step) -> None:
+        """Every layer event, and the output head."""
+        for item in layer_events(step, self.tally.events, self.world.experts):
+            self._layer_event(item)
+        head_tokens = sum(part.ends for part in step.parts)
+        if head_tokens:
+            self._compute_dense(-1, head_tokens, 0)
+
     def _layer_event(self, item: Item) -> None:
         self._layer = item.event.layer
         self._compute_dense(self._layer, item.dense_tokens, item.context)
         gate, plan = self.gate(item)
+        self._serve(gate, plan)
+
+    def _serve(self, gate: Gate, plan: Plan) -> None:
+        """Load what a gate misses, and compute."""
         waiting = self.demand(gate, plan)
         self.apply(plan, Phase(gate.source.slots[0].phase))
         self.loads.wake()

@@ -293,6 +293,17 @@ class Forecast(NamedTuple):
     chosen: AnyArray
 
 
+class Swap(NamedTuple):
+    """One expert takes another's place in routing: once ``comes`` is resident, ``goes`` may be used
+    no more, though it may stay in memory for a while.
+
+    goes : ``comes`` itself is given up as soon as it is there; -1: nobody goes.
+    """
+
+    comes: ExpertId
+    goes: ExpertId
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Background work: its declared size is charged, its result comes back as ``JobDone``."""
@@ -308,7 +319,7 @@ class Plan:
 
     serve : missing expert -> how; absent ones are fetched.
     foreground_ops : operations charged on the critical path of this layer event.
-    forecasts : for the other seats of the policy alone; a host does not look at them.
+    forecasts, swaps : for the other seats of the policy alone; a host does not look at them.
     """
 
     prefetches: Sequence[Prefetch] = ()
@@ -318,6 +329,7 @@ class Plan:
     jobs: Sequence[Job] = ()
     foreground_ops: int = 0
     forecasts: Sequence[Forecast] = ()
+    swaps: Sequence[Swap] = ()
 
 
 NO_PLAN = Plan()

@@ -154,7 +154,7 @@ def _add_inputs(work: Work, meta: TraceMeta, inputs: Inputs) -> None:
     if Needs.NORMS in needs:
         norms = rows.input_norm
         work.norms = (
-            np.full(rows.rows, PROBABILITY_ONE, np.int32) if norms is None else _fixed_point(norms)
+            np.full(rows.rows, PROBABILITY_ONE, np.int32) if norms is None else fixed_point(norms)
         )
 
 
@@ -182,12 +182,13 @@ def _probabilities(values: AnyArray) -> AnyArray:
     return np.rint(values.astype(np.float64) * PROBABILITY_ONE).astype(np.int32)
 
 
-def _fixed_point(values: AnyArray) -> AnyArray:
+def fixed_point(values: AnyArray) -> AnyArray:
+    """int64 in steps of 1/16384, as every decision input is kept."""
     return np.rint(values.astype(np.float64) * PROBABILITY_ONE).astype(np.int64)
 
 
 def _quantised(values: AnyArray | None) -> AnyArray | None:
-    return None if values is None else _fixed_point(values).astype(np.int32)
+    return None if values is None else fixed_point(values).astype(np.int32)
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ from moesim.types import (
     State,
 )
 
+# Plain numbers: an enumeration's members are slow to look up where every layer event does it.
+ABSENT, MOVING = int(State.ABSENT), (int(State.QUEUED), int(State.IN_FLIGHT))
+
 PRIORITY_SHIFT = 20
 """Priorities are probabilities over distances, in 2**-20 of 1/16384."""
 
@@ -107,7 +110,7 @@ class ForecastSeat(PrefetchSeat):
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """Commission the work of new forecasts, deliver those that are done, refresh the rest."""
         if isinstance(fact, JobDone):
-            return self._deliver(fact.job.result, cache)
+            return self._deliver(fact.job.result, cache) if fact.job.result else NO_PLAN
         self.hear(fact)
         foresight = self.foresee(fact)
         plan = self._refreshed(cache) if isinstance(fact, Gate) else NO_PLAN
@@ -169,8 +172,11 @@ class ForecastSeat(PrefetchSeat):
         return named
 
     def _outdated(self, event: int, named: set[ExpertId], cache: CacheView) -> list[ExpertId]:
+        """What an older forecast named for the event and this one does not; nobody's wish now."""
         old = [e for e, (_, when) in self._wished.items() if when == event and e not in named]
-        return [e for e in old if cache.states[e] in (State.QUEUED, State.IN_FLIGHT)]
+        for expert in old:
+            del self._wished[expert]
+        return [e for e in old if cache.states[e] in MOVING]
 
     def _refreshed(self, cache: CacheView) -> Plan:
         """Priorities as seen from this layer event; what is past is forgotten."""
@@ -184,6 +190,6 @@ class ForecastSeat(PrefetchSeat):
             reprioritise=[
                 (expert, priority(share, event - self._event))
                 for expert, (share, event) in self._wished.items()
-                if states[expert] != State.ABSENT
+                if states[expert] != ABSENT
             ]
         )

@@ -58,7 +58,7 @@ class NextGate(PrefetchSeat):
             return Plan(cancel=cancel) if cancel else NO_PLAN
         rows = fact.source.ahead[self.distance]
         rows = rows[:, : self.width] if self.width else rows
-        named = _in_order(rows.reshape(-1), target * self.world.experts)
+        named = in_order(rows.reshape(-1), target * self.world.experts)
         expires = fact.event + self.distance
         if self.cancel:
             self._named[expires] = named
@@ -70,6 +70,6 @@ class NextGate(PrefetchSeat):
         return [e for e in self._named.pop(gate.event, []) if e not in demanded]
 
 
-def _in_order(local: np.ndarray, base: int) -> list[ExpertId]:
+def in_order(local: np.ndarray, base: int) -> list[ExpertId]:
     """Expert ids, each once, by first mention."""
     return list(dict.fromkeys((base + int(e)) for e in local if e != DROPPED))

@@ -20,6 +20,9 @@ class Preset:
     """``seat.parameter`` -> value."""
 
 
+_STILL: dict[str, object] = {"prefetch.period": 0, "prefetch.spare": 0}
+"""SwapMoE's first set, for good."""
+
 PRESETS: dict[str, Preset] = {
     "lru": Preset("least recently used"),
     "fifo": Preset("first in, first out", keep="fifo"),
@@ -46,6 +49,59 @@ PRESETS: dict[str, Preset] = {
         parameters={"prefetch.distance": 8},
     ),
     "streaming": Preset("the whole next layer, always", keep="fifo", prefetch="whole-layer"),
+    "deepspeed": Preset(
+        "DeepSpeed: streams every layer whole, as `streaming`", keep="fifo", prefetch="whole-layer"
+    ),
+    "deepspeed-cache": Preset(
+        "DeepSpeed with an expert cache, as FineMoE's authors ran it: on demand, as `lru`"
+    ),
+    "mixtral-offloading": Preset(
+        "Mixtral-Offloading: LRU by layer, the next layer's gate speculates into 4 buffers",
+        keep="layer-lru",
+        prefetch="staged-gate",
+    ),
+    "moe-infinity": Preset(
+        "MoE-Infinity: activation matrices of past requests, as in the paper",
+        keep="activation-matrix",
+        prefetch="activation-matrix",
+    ),
+    "moe-infinity-code": Preset(
+        "MoE-Infinity's released code as FineMoE's authors ran it: LFU, prefetching on",
+        keep="lfu-incache",
+        prefetch="activation-matrix",
+        parameters={"prefetch.variant": "code", "prefetch.width": 0},
+    ),
+    "promoe": Preset(
+        "ProMoE: LRU, and a predictor two layers ahead (fit one: moesim fit)", prefetch="stride"
+    ),
+    "promoe-speculative": Preset(
+        "ProMoE as FineMoE's authors ran it: LRU, and the gate two layers on applied early",
+        prefetch="next-gate",
+        parameters={"prefetch.distance": 2, "prefetch.cancel": True},
+    ),
+    "finemoe": Preset(
+        "FineMoE: maps of past iterations, by meaning and trajectory; evicts by p * freq",
+        keep="map-frequency",
+        prefetch="map-search",
+    ),
+    "finemoe-ts": Preset(
+        "FineMoE's Map(T+S): the likeliest k of a layer, whatever the score",
+        keep="map-frequency",
+        prefetch="map-search",
+        parameters={"prefetch.delta": False},
+    ),
+    "finemoe-t": Preset(
+        "FineMoE's Map(T): the same without embeddings",
+        keep="map-frequency",
+        prefetch="map-trajectory",
+        parameters={"prefetch.delta": False},
+    ),
+    "finemoe-hits": Preset(
+        "FineMoE's Hit count: the same on whole requests' counts of uses",
+        keep="map-frequency",
+        prefetch="hit-count",
+        parameters={"prefetch.delta": False},
+    ),
     "cpu": Preset(
         "a fixed set; misses run on the host", keep="static", miss="cpu", initial="static"
     ),
@@ -54,5 +110,36 @@ PRESETS: dict[str, Preset] = {
         keep="static",
         miss="fiddler",
         initial="static",
+    ),
+    "swapmoe": Preset(
+        "SwapMoE: tokens go to resident experts only, and the set follows the input (lossy)",
+        keep="importance",
+        prefetch="virtual-experts",
+        route="masked",
+        initial="policy",
+    ),
+    "prune-importance": Preset(
+        "the most important experts on past requests, fixed; routing is masked (lossy)",
+        keep="importance",
+        prefetch="virtual-experts",
+        route="masked",
+        initial="policy",
+        parameters=_STILL,
+    ),
+    "prune-magnitude": Preset(
+        "the experts with the largest weights, fixed; routing is masked (lossy)",
+        keep="importance",
+        prefetch="virtual-experts",
+        route="masked",
+        initial="policy",
+        parameters={**_STILL, "prefetch.initial": "magnitude"},
+    ),
+    "prune-random": Preset(
+        "experts by chance, fixed; routing is masked (lossy)",
+        keep="importance",
+        prefetch="virtual-experts",
+        route="masked",
+        initial="policy",
+        parameters={**_STILL, "prefetch.initial": "random"},
     ),
 }

@@ -20,6 +20,7 @@ from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Setup
 from moesim.past import Past, past_facts
 from moesim.policy import Policy, SeatPolicy, World
+from moesim.protocol import initially
 from moesim.registry import PolicySpec, resolve
 from moesim.shape import expert_norms
 from moesim.tally import Tally
@@ -117,6 +118,7 @@ def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
     )
     hottest = [int(e) for e in np.argsort(-future.counts, kind="stable") if future.counts[e]]
     order = {"cold": [], "static": hottest, "some": list(range(0, size, 2))}
+    order["policy"] = list(initially(policy, world))
     chosen = order.get(case.initial or initial, list(range(size)))
     return Setup(
         policy=policy,

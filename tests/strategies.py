@@ -35,6 +35,16 @@ from moesim.traces.reader import RequestFacts, RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
 from moesim.types import DROPPED, AnyArray, Phase
 
+FITTED = ("stride",)
+"""Prefetch seats that run with a file which `moesim fit` wrote, and not without."""
+
+LOSSLESS = [
+    name
+    for name, preset in PRESETS.items()
+    if preset.route == "exact" and preset.prefetch not in FITTED
+]
+"""What executes the experts that the trace names, which most laws count."""
+
 DEMAND_ONLY = [name for name, preset in PRESETS.items() if preset.prefetch == "none"]
 BOUNDS = ["min", "min-bypass", "look-ahead", "hindsight", "static", "cpu", "fiddler", "hot-set"]
 """What sees the whole run, wholly or as calibration in hindsight."""
@@ -43,6 +53,7 @@ KEEPS, PREFETCHES, MISSES = (
     [n.removeprefix(f"{kind}.") for n in SEATS if n.startswith(f"{kind}.")]
     for kind in ("keep", "prefetch", "miss")
 )
+PREFETCHES = [name for name in PREFETCHES if name not in FITTED]
 
 WATCHED = Options(check=True, timeline=True)
 
@@ -193,7 +204,7 @@ def rows_of(
         layer=table[:, 2].astype(np.int16),
         phase=table[:, 3].astype(np.uint8),
         experts=experts,
-        ahead={} if ahead is None else {1: np.array(ahead, np.uint16)},
+        ahead={} if ahead is None else {d: np.array(ahead, np.uint16) for d in (1, 2)},
         facts=RequestFacts(arrival_ns=arrival_ns),
         **(inputs_of(request, iterations, experts, wide) if wide else {}),
     )
@@ -228,7 +239,7 @@ def full_meta(model: ModelProfile) -> TraceMeta:
     norms = 1 + np.arange(model.layers * model.experts).reshape(model.layers, -1) % 7 / 8
     return TraceMeta(
         model=replace(model, score="softmax"),
-        ahead={1: model.top_k},
+        ahead={1: model.top_k, 2: model.top_k},
         has_weights=True,
         has_gate=True,
         has_norms=True,
@@ -398,7 +409,7 @@ SWAPS = (("keep", KEEPS), ("miss", MISSES))
 
 
 @st.composite
-def specs(draw: st.DrawFn, names: Sequence[str] = tuple(PRESETS)) -> tuple[str, tuple[str, ...]]:
+def specs(draw: st.DrawFn, names: Sequence[str] = LOSSLESS) -> tuple[str, tuple[str, ...]]:
     """A preset by name, or with its seats swapped: (name, settings)."""
     name = draw(st.sampled_from(list(names)))
     if draw(st.booleans()):

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options
 from moesim.errors import PolicyError, UsageError
-from moesim.policies.presets import PRESETS
 from moesim.policy import CacheView, PlainPolicy, World
 from moesim.profile import Constant, ConstantExpert, HardwareProfile
 from moesim.replay import Request, replay
@@ -57,6 +56,7 @@ from tests.strategies import (
     BOUNDS,
     DEMAND_ONLY,
     KEEPS,
+    LOSSLESS,
     MISSES,
     PREFETCHES,
     RATES,
@@ -225,9 +225,9 @@ import numpy as np
 sys.path.insert(0, {root!r})
 from tests.test_laws import mixed_case
 from tests.harness import drive, start
-from moesim.policies.presets import PRESETS
+from tests.strategies import LOSSLESS
 case = mixed_case(np.random.default_rng(0))
-print(json.dumps([drive(*start(case, name)).log_digest for name in PRESETS]))
+print(json.dumps([drive(*start(case, name)).log_digest for name in LOSSLESS]))
 """
 
 
@@ -245,7 +245,7 @@ def test_i6_hash_seed_changes_nothing() -> None:
         answers.append(json.loads(done.stdout))
     assert answers[0] == answers[1]
     case = mixed_case(np.random.default_rng(0))
-    assert answers[0] == [drive(*start(case, name)).log_digest for name in PRESETS]
+    assert answers[0] == [drive(*start(case, name)).log_digest for name in LOSSLESS]
 
 
 # ---- I7: nothing undeclared, nothing from the future ---------------------------------------------
@@ -304,7 +304,7 @@ def test_i7_embedding_is_absent_unless_declared() -> None:
 @settings(max_examples=80)
 @given(
     case=cases(arrivals=False, max_passes=5),
-    spec=specs([name for name in PRESETS if name not in BOUNDS]),
+    spec=specs([name for name in LOSSLESS if name not in BOUNDS]),
     data=st.data(),
 )
 def test_i7_prefix(case: Case, spec: Spec, data: st.DataObject) -> None:

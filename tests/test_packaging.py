@@ -132,6 +132,7 @@ def test_everything_that_is_imported_is_declared(project: dict[str, Any]) -> Non
     for path in (p for folder in ("moesim", *LINKED) for p in (ROOT / folder).rglob("*.py")):
         inside = path.relative_to(ROOT)
         extra = EXTRA_OF.get(inside.parts[0], "record" if inside.name == "record.py" else "")
+        extra = "plan" if inside.parts[:2] == ("moesim", "plan") else extra
         if not _linked(path):
             assert imported(path) <= declared | named(extras.get(extra, ())), inside
 
@@ -287,14 +288,20 @@ def _editable_free_path() -> list[str]:
     return [p for p in sys.path if p.endswith("-packages") and Path(p).is_dir()]
 
 
-def test_the_sample_is_small_and_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_sample_is_small_and_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     from moesim.traces.reader import TraceReader
     from moesim.traces.samples import SAMPLES, trace_path
 
     for name in SAMPLES:
         path = trace_path(name)
-        assert path.stat().st_size <= 600_000
+        assert path.stat().st_size <= (8_000_000 if name == "demo" else 2_000_000)
         assert main(["trace", "check", str(path)]) == 0
         with TraceReader(path) as reader:
-            assert reader.meta.source.startswith("synth")
+            assert reader.meta.source.startswith("recorded from ")
+            assert reader.meta.model.name == name
+            facts = [rows.facts for rows in reader.requests()]
+        assert len(facts) >= 60 and len({one.topic for one in facts}) == 16
+        test = sum(one.split == "test" for one in facts)
+        assert test + sum(one.split == "train" for one in facts) == len(facts)
+        assert abs(test / len(facts) - 0.3) < 0.05
     capsys.readouterr()

@@ -20,7 +20,6 @@ from moesim.engine.fast import FastEngine
 from moesim.engine.reference import ReferenceEngine
 from moesim.errors import PolicyError, UsageError
 from moesim.hashing import hash64
-from moesim.policies.presets import PRESETS
 from moesim.policy import CacheView, PlainPolicy, World
 from moesim.types import (
     DROPPED,
@@ -42,7 +41,7 @@ from moesim.types import (
     quick_maker,
 )
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
-from tests.strategies import Case, cases, specs
+from tests.strategies import LOSSLESS, Case, cases, specs
 from tests.test_laws import mixed_case
 
 
@@ -222,7 +221,7 @@ def test_b_plain_python_and_kernels_give_one_log(
     assert_same_asked_or_compiled(case, spec[0], *spec[1])
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", LOSSLESS)
 def test_b_each_preset_as_plain_python(name: str) -> None:
     rng = np.random.default_rng(5)
     for _ in range(3):

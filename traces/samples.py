@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moesim.errors import TraceError
 
-SAMPLES = {"demo": "demo.parquet"}
+SAMPLES = {name: f"{name}.parquet" for name in ("demo", "demo-mixtral", "demo-qwen")}
 
 
 def trace_path(name_or_path: str) -> Path:

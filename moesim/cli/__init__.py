@@ -20,7 +20,18 @@ from moesim.errors import MoesimError
 
 INTERRUPTED = 130
 
-COMMANDS = ("replay", "real", "record", "trace", "policies", "profiles", "bench", "diff")
+COMMANDS = (
+    "replay",
+    "plan",
+    "real",
+    "fit",
+    "record",
+    "trace",
+    "policies",
+    "profiles",
+    "bench",
+    "diff",
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -34,15 +34,16 @@ def hardware(args: argparse.Namespace) -> HardwareProfile:
 
 
 def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
-    """(kind, experts): kind is "", "cold", "static" or "file"."""
-    if text is None or text in ("cold", "static"):
+    """(kind, experts): kind is "", "cold", "static", "policy" or "file"."""
+    if text is None or text in ("cold", "static", "policy"):
         return text or "", ()
     path = Path(text)
     try:
         experts: Any = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(
-            f"--initial {text}: {error.strerror}; write cold, static or the path of a JSON file"
+            f"--initial {text}: {error.strerror}; write cold, static, policy or the path of a JSON "
+            "file"
         ) from None
     except (ValueError, RecursionError):
         raise UsageError(f"--initial {text}: not JSON; write a list of expert ids") from None
@@ -51,6 +52,13 @@ def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
     if len(set(experts)) < len(experts):
         raise UsageError(f"--initial {text}: an expert is listed twice; list each once")
     return "file", tuple(experts)
+
+
+def refuse_beside_plan(args: argparse.Namespace) -> None:
+    """UsageError if what a plan decides is given as well."""
+    for name in ("policy", "capacity", "initial"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name}: the plan decides it; leave out --{name} or --plan")
 
 
 def words(given: list[str] | None, default: str) -> tuple[str, ...]:

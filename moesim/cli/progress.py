@@ -16,9 +16,9 @@ Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def requests_progress(what: str) -> Iterator[Progress]:
+def requests_progress(what: str, unit: str = "requests") -> Iterator[Progress]:
     """A function to call with (requests done, requests in all). It also hears Ctrl-C."""
-    with _bar(what) if sys.stderr.isatty() else nullcontext(_lines(what)) as show:
+    with _bar(what, unit) if sys.stderr.isatty() else nullcontext(_lines(what, unit)) as show:
 
         def update(done: int, total: int) -> None:
             check()
@@ -28,7 +28,7 @@ def requests_progress(what: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Progress]:
+def _bar(what: str, unit: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -42,7 +42,7 @@ def _bar(what: str) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("requests"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -54,7 +54,7 @@ def _bar(what: str) -> Iterator[Progress]:
         yield update
 
 
-def _lines(what: str) -> Progress:
+def _lines(what: str, unit: str) -> Progress:
     started = last = 0.0
 
     def update(done: int, total: int) -> None:
@@ -66,6 +66,6 @@ def _lines(what: str) -> Progress:
         elif now - last >= EVERY_S and done < total:
             last = now
             left_s = (now - started) * (total - done) / (done - 1)
-            print(f"{what}: {done}/{total} requests, {left_s:.0f} s left", file=sys.stderr)
+            print(f"{what}: {done}/{total} {unit}, {left_s:.0f} s left", file=sys.stderr)
 
     return update

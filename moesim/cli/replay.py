@@ -10,11 +10,15 @@ from moesim.cli.options import hardware as _hardware
 from moesim.cli.options import initial as _initial
 from moesim.cli.options import path as _path
 from moesim.cli.options import positive as _positive
+from moesim.cli.options import refuse_beside_plan
 from moesim.cli.options import seed as _seed
 from moesim.cli.options import words as _words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moesim.capacity import Capacity
     from moesim.replay import Request
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -63,7 +67,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--capacity",
         action="append",
         metavar="SIZE",
-        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer; may repeat [25%%]",
+        help="24GiB, 25%% of all experts, 192 experts in all, 8/layer or 8:6:4/layer (a number for "
+        "each layer); may repeat [25%%]",
+    )
+    group.add_argument(
+        "--plan",
+        type=_path,
+        metavar="FILE",
+        help="policy, capacity of each layer and first set as `moesim plan` wrote them",
     )
     group.add_argument(
         "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
@@ -90,7 +101,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--initial",
         metavar="STATE",
-        help="cold, static (loads charged), or a JSON file of expert ids (free) [by policy]",
+        help="cold; static, the most used, or policy, what it asks for (loads charged); or a JSON "
+        "file of expert ids (free) [by policy]",
     )
     group.add_argument(
         "--follow",
@@ -209,6 +221,7 @@ def _request(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.engine.setup import Options
     from moesim.past import Share, parse_split
+    from moesim.plan.file import planned
     from moesim.policies.presets import PRESETS
     from moesim.profile import load_model
     from moesim.replay import Request
@@ -218,14 +231,22 @@ def _request(args: argparse.Namespace) -> Request:
         raise UsageError("--timeline writes into the run's folder; give --out DIR too")
     initial, experts = _initial(args.initial)
     policies = _words(args.policy, "lru")
+    capacities: Sequence[str | Capacity] = _words(args.capacity, "25%")
+    trace, settings = trace_path(args.trace), args.set
+    costs = None if args.costs is None else load_model(args.costs)
+    if args.plan is not None:
+        refuse_beside_plan(args)
+        plan = planned(args.plan, trace, costs)
+        policies, capacities = (plan.policy,), (plan.capacity,)
+        settings = [*plan.settings, *settings]
     return Request(
-        trace=trace_path(args.trace),
+        trace=trace,
         hardware=_hardware(args),
         policies=tuple(PRESETS) if policies == ("all",) else policies,
-        capacities=_words(args.capacity, "25%"),
-        settings=args.set,
+        capacities=capacities,
+        settings=settings,
         scope=args.scope,
-        costs=None if args.costs is None else load_model(args.costs),
+        costs=costs,
         options=Options(
             order=args.order,
             flat=args.mode == "flat",

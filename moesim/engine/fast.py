@@ -95,9 +95,9 @@ WISHES: dict[type, Wish] = {
 def wish_of(prefetch: PrefetchSeat) -> Wish | None:
     """How the core carries out a prefetch seat; None if it cannot."""
     if isinstance(prefetch, ForecastSeat):
-        # A seat that plans in a way of its own must be asked.
-        own = type(prefetch).plan is not ForecastSeat.plan or prefetch.queue > MOST_JOBS
-        return None if own else Wish.FORECAST
+        # A seat that delivers in a way of its own must be asked.
+        own = any(getattr(type(prefetch), n) is not getattr(ForecastSeat, n) for n in DELIVERY)
+        return None if own or prefetch.queue > MOST_JOBS else Wish.FORECAST
     return WISHES.get(type(prefetch))
 
 
@@ -126,6 +126,9 @@ FEW_SLOTS = 16
 
 SPANS = 1 << 14
 COMMANDS = 1 << 10
+DELIVERY = ("plan", "hear", "_commission", "_deliver", "_named", "_outdated", "_refreshed")
+"""What ``moesim.engine.sights`` does in the place of a seat."""
+
 MOST_JOBS = 1 << 10
 """A seat that lets more of its jobs wait is asked in plain Python."""
 NOTES = 1 << 10

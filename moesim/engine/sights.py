@@ -211,13 +211,19 @@ def renew(m: M, row: int) -> None:
         first = m.jobs[row, at + H.LAYER] * m.s[O.EXPERTS]
         shares = at + TITLE + m.jobs[row, at + H.CHOSEN]
         if due > m.s[S.EVENT]:
+            left = 0
             for j in range(m.s[S.N_WISHED]):
                 key = m.q[Q.WISHED, j]
                 named = m.k[K.DUE, key] != due
                 for i in range(at + TITLE, shares):
                     named = named or first + m.jobs[row, i] == key
-                if not named:
+                if named:
+                    m.q[Q.WISHED, left] = key
+                    left += 1
+                else:
+                    m.k[K.DUE, key] = -1
                     cancel(m, key)
+            m.s[S.N_WISHED] = left
         at = shares + m.s[O.EXPERTS]
 
 
