@@ -50,10 +50,10 @@ class HeldFields(AttributeTemplate):
 
     key = Held
 
-    def generic_resolve(self, held: Any, name: Any) -> Any:  # type: ignore[override]
+    def generic_resolve(self, value: Any, attr: Any) -> Any:  # type: ignore[override]
         """The type of a field; None if there is none of that name."""
-        fields = held.whole.fields
-        return held.whole.types[fields.index(name)] if name in fields else None
+        fields = value.whole.fields
+        return value.whole.types[fields.index(attr)] if attr in fields else None
 
 
 @lower_getattr_generic(Held)
@@ -174,6 +174,16 @@ class WholeLowering(NativeLowering):
         return bool(super().run_pass(state))
 
 
+NEEDLESS = frozenset(
+    (
+        *("WithLifting", "InlineClosureLikes", "MakeFunctionToJitFunction", "InlineInlinables"),
+        *("DeadBranchPrune", "FindLiterallyCalls", "LiteralUnroll", "RewriteDynamicRaises"),
+        *("LiteralPropagationSubPipelinePass", "InlineOverloads", "DumpParforDiagnostics"),
+    )
+)
+"""numba's passes for what the core has not: closures, ``with``, literal arguments, exceptions."""
+
+
 class PartCompiler(CompilerBase):
     """numba's pipeline for a part."""
 
@@ -183,6 +193,8 @@ class PartCompiler(CompilerBase):
         """One way to compile."""
         passes = PassManager(type(self).__name__)
         for one, what in DefaultPassBuilder.define_nopython_pipeline(self.state).passes:
+            if one.__name__ in NEEDLESS:
+                continue
             passes.add_pass(self.lowering if one is NativeLowering else one, what)
             if one is FixupArgs:
                 passes.add_pass(HoldTuples, "hold tuples")
