@@ -418,3 +418,34 @@ def test_ctrl_c_ends_compiled_code(settings: tuple[str, ...], busy: Path, tmp_pa
     """In closed form, and event by event."""
     words = ("--trace", busy, "--policy", "random", "--capacity", "50%", *settings)
     interrupted(tmp_path, ("-c", COMPILED), *words)
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT", "0") != "0", reason="nothing is compiled")
+@pytest.mark.parametrize("pause_s", [0.0, 4.0])
+def test_ctrl_c_ends_compiling(pause_s: float, tmp_path: Path) -> None:
+    """What was kept until then is whole, or not there."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    words = ("replay", "--trace", "demo", "--policy", "lru", "--out", str(out))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moesim", *words],
+        cwd=ROOT,
+        env={**os.environ, "MOESIM_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("moesim: compiling the fast engine")
+        time.sleep(pause_s)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert printed == "" and said == "moesim: interrupted; nothing half-written was kept\n"
+    assert not out.exists() or not list(out.iterdir())
+    for path in cache.rglob("*.nb?"):
+        assert path.with_name(f"{path.name}.sha256").exists()
