@@ -34,6 +34,9 @@ from moesim.types import (
     Swap,
 )
 
+ABSENT = int(State.ABSENT)
+"""A plain number: an enumeration's member is slow to compare where every wish does it."""
+
 
 class CostTable(Protocol):
     """What a policy with ``Needs.COSTS`` may ask: modelled durations in ns, not the time."""
@@ -332,7 +335,7 @@ class SeatPolicy:
             absent = [
                 p.expert
                 for p in plan.prefetches
-                if states[p.expert] == State.ABSENT and p.expert not in asked
+                if states[p.expert] == ABSENT and p.expert not in asked
             ]
             self.keep.planned(absent)
         for forecast in plan.forecasts:

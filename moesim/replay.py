@@ -129,13 +129,44 @@ class _Run:
     """Whose request it follows: a rung of the ladder has one of its own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Driver:
-    """What is fed: one engine, or several that share their blocks."""
+    """What is fed: one engine, or several that share their blocks.
 
-    spec: PolicySpec
-    inputs: Inputs
+    given_up : why its policy will serve no further; empty while it does.
+    """
+
+    runs: Sequence[_Run]
     fed: Fed
+    given_up: str = ""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What its policies read."""
+        return self.runs[0].inputs
+
+    def offer(self, work: Work) -> None:
+        """Serve as far as the next request of the trace allows, unless a policy has given up."""
+        with self._attending():
+            if not self.given_up:
+                self.fed.offer(work)
+                self.fed.advance()
+
+    def close(self) -> None:
+        """Serve what is left."""
+        with self._attending():
+            if not self.given_up:
+                self.fed.close()
+                while not self.fed.advance():
+                    pass
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        try:
+            with _blaming(self.runs[0].spec):
+                yield
+        except NotRunError as error:
+            self.given_up = _reason(error)
 
 
 def replay(request: Request, progress: Progress | None = None) -> dict[str, Any]:
@@ -170,7 +201,11 @@ class _Replay:
         planned, refused = self._plan()
         if not planned:
             raise NotRunError(refused[0]["not_run"])
-        self._feed([r for r in planned if r.engine is not None], progress)
+        given_up = self._feed([r for r in planned if r.engine is not None], progress)
+        refused += [_not_run(run.spec, run.capacity, why) for run, why in given_up]
+        planned = [run for run in planned if not any(run is one for one, _ in given_up)]
+        if not planned:
+            raise NotRunError(refused[0]["not_run"])
         wall_s = (time.perf_counter() - started) / max(1, len(planned))
         finished = [(run.rung, (run.owner or self)._finish(run, wall_s)) for run in planned]
         reported = [summary for rung, summary in finished if not rung]
@@ -196,17 +231,16 @@ class _Replay:
                 with _blaming(spec):
                     policy = spec.build()
             except NotRunError as error:
-                refused += [_not_run(spec, c, f"not run: {error}") for c in self._capacities()]
+                refused += [_not_run(spec, c, _reason(error)) for c in self._capacities()]
                 continue
             inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
             for capacity in self._capacities():
                 try:
                     self._refuse(spec, policy.needs, inputs)
+                    with _blaming(spec):
+                        planned.append(self._configure(spec, capacity, inputs))
                 except NotRunError as error:
-                    refused.append(_not_run(spec, capacity, str(error)))
-                    continue
-                with _blaming(spec):
-                    planned.append(self._configure(spec, capacity, inputs))
+                    refused.append(_not_run(spec, capacity, _reason(error)))
         if self.request.ladder and planned:
             planned += self._rungs()
         return planned, refused
@@ -352,30 +386,27 @@ class _Replay:
                         )
                 yield works
 
-    def _feed(self, runs: Sequence[_Run], progress: Progress | None) -> None:
-        """One pass: every engine is fed each request, and runs until it needs the next."""
+    def _feed(self, runs: Sequence[_Run], progress: Progress | None) -> list[tuple[_Run, str]]:
+        """One pass: every engine is fed each request, and runs until it needs the next. Runs that
+        a policy gave up on the way, and why."""
         kinds = list(dict.fromkeys(run.inputs for run in runs))
         total = min(self.meta.requests, self.request.limit or self.meta.requests)
         if not runs:
-            return
+            return []
         drivers = self._drivers(runs)
         for count, works in enumerate(self._works(kinds)):
             for driver in drivers:
-                with _blaming(driver.spec):
-                    driver.fed.offer(replace(works[kinds.index(driver.inputs)]))
-                    driver.fed.advance()
+                driver.offer(replace(works[kinds.index(driver.inputs)]))
             if progress is not None:
                 progress(count + 1, total)
         for driver in drivers:
-            with _blaming(driver.spec):
-                driver.fed.close()
-                while not driver.fed.advance():
-                    pass
+            driver.close()
+        return [(run, d.given_up) for d in drivers if d.given_up for run in d.runs]
 
     def _drivers(self, runs: Sequence[_Run]) -> list[_Driver]:
         """Engines that may share their blocks are fed as one."""
         if self.request.engine == "reference":
-            return [_Driver(run.spec, run.inputs, _made(run)) for run in runs]
+            return [_Driver([run], _made(run)) for run in runs]
         from moesim.engine.fast import FastEngine
         from moesim.engine.feed import Feed
 
@@ -386,7 +417,7 @@ class _Replay:
             shared = None if self.request.arrivals == "recorded" else engine.shared_with
             groups.setdefault((run.inputs, shared or number), []).append((run, engine))
         return [
-            _Driver(group[0][0].spec, group[0][0].inputs, Feed([engine for _, engine in group]))
+            _Driver([run for run, _ in group], Feed([engine for _, engine in group]))
             for group in groups.values()
         ]
 
@@ -624,6 +655,11 @@ def _distances(policy: Policy) -> tuple[int, ...]:
 def _join(columns: Sequence[Columns]) -> Columns:
     names = Columns.__dataclass_fields__
     return Columns(**{n: any(getattr(c, n) for c in columns) for n in names})
+
+
+def _reason(error: NotRunError) -> str:
+    told = str(error)
+    return told if told.startswith("not run: ") else f"not run: {told}"
 
 
 def _not_run(spec: PolicySpec, capacity: Capacity, reason: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from moesim.workload import (
     prepare,
     timeless_steps,
 )
-from tests.strategies import Case
+from tests.strategies import Case, choices, rows_of
 
 NAMES = {getattr(log, n): n.lower() for n in ("GATE", "END", "ISSUE", "LAND", "EVICT", "DROP")}
 NAMES |= {log.CANCEL: "cancel", log.SERVED: "served"}
@@ -72,9 +72,14 @@ def future_of(case: Case) -> KnownFuture:
 
 
 def past_of(case: Case, inputs: Inputs) -> Past:
-    """The first request, as if it had been served before."""
-    first = replace(case, requests=case.requests[:1])
-    return lambda: past_facts(works_of(first, inputs, arrivals=False), case.meta.experts)
+    """A request that is none of the case's, whatever they are."""
+    meta = case.meta
+    layers = range(meta.stack_ranges()[-1][1], meta.layers)
+    ways = choices(meta.experts, meta.top_k)
+    passes = [[(la, [ways[(5 * la + 3 * step) % len(ways)]]) for la in layers] for step in range(3)]
+    ahead = [ways[row % len(ways)] for row in range(3 * len(layers))]
+    rows = rows_of(97, passes, ahead=ahead, wide=meta.experts)
+    return lambda: past_facts([prepare(0, rows, meta, inputs)], meta.experts)
 
 
 def inputs_of(policy: Policy) -> Inputs:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 
 from moesim.cli import main
-from moesim.errors import TraceError, UsageError
+from moesim.errors import NotRunError, TraceError, UsageError
 from moesim.past import Share, Split, parse_split, past_facts, requests_of
 from moesim.policy import PlainPolicy
 from moesim.profile import load_hardware
 from moesim.replay import Request, replay
 from moesim.traces.reader import TraceReader
 from moesim.traces.samples import trace_path
-from moesim.types import NO_PLAN, Fact, Gate, JobDone, Needs, Plan
+from moesim.types import NO_PLAN, Fact, Gate, JobDone, Needs, Plan, RequestBegin
 from moesim.workload import Inputs
 from tests.harness import run, without_arrivals, works_of
 from tests.strategies import Case, cases
@@ -127,3 +127,22 @@ def test_a_trace_without_marks_names_the_mend(
 def test_a_part_without_requests_is_refused() -> None:
     with TraceReader(trace_path("demo")) as reader, pytest.raises(TraceError, match="no request"):
         list(requests_of(reader, Share(Split((1, 9999)), "train")))
+
+
+class Quitter(PlainPolicy):
+    """Gives up at the second request."""
+
+    def on(self, fact: Fact, cache: Any) -> Plan:
+        if isinstance(fact, RequestBegin) and fact.request:
+            raise NotRunError("knows that request")
+        return NO_PLAN
+
+
+def test_a_policy_that_gives_up_ends_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{__name__}:Quitter"
+    words = ["replay", "--trace", "demo", "--limit", "3", "--policy"]
+    assert main([*words, f"lru,{name}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{name} at 25%: not run: knows that request" in out and "lru" in out
+    assert main([*words, name]) == 2
+    assert "knows that request" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from moesim.bench.figures import Beside, Figure, Promise, Samples
 from moesim.bench.measure import interleave
 from moesim.bench.workshop import DisagreementError, Workshop
 from moesim.policies import SEATS
+from moesim.policies.presets import PRESETS
 from moesim.profile import ModelProfile
 from moesim.traces.synth import Synth
 from moesim.workload import Inputs
@@ -82,11 +83,18 @@ SMALL, LARGE = (32, 4), (512, 10)
 
 
 def scale(shop: Workshop) -> Iterator[Figure]:
-    """ns an access at 512 experts over 32, one cache that holds 40 % of them, every keep seat."""
+    """ns an access at 512 experts over 32, one cache that holds 40 % of them, every keep seat that
+    is a policy by itself."""
     small, large = _sized(shop, *SMALL), _sized(shop, *LARGE)
-    for seat in sorted(name.removeprefix("keep.") for name in SEATS if name.startswith("keep.")):
+    for seat in kept():
         shop.say(f"scale: {seat}")
         yield _grown(shop, seat, small, large)
+
+
+def kept() -> list[str]:
+    """Presets that are a keep seat and nothing else."""
+    seats = (name.removeprefix("keep.") for name in SEATS if name.startswith("keep."))
+    return sorted(s for s in seats if s in PRESETS and PRESETS[s].keep == s)
 
 
 def _sized(shop: Workshop, experts: int, top_k: int) -> Recording:
