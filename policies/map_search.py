@@ -141,7 +141,8 @@ class MapSearch(ForecastSeat):
         return self._bank.store, self._bank.trails, self._choice
 
     def trail_of(self, request: int) -> int:
-        """The trail of a request's pass under way."""
+        """The trail of a request whose gates come now."""
+        self._begun = []
         return self._trail(self._of(request), 0)
 
     # ---- facts -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from moesim.protocol import parameters
 from moesim.registry import seat_class
 from moesim.traces.reader import RequestFacts, RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
-from moesim.types import DROPPED, AnyArray, Phase
+from moesim.types import DROPPED, AnyArray, Needs, Phase
 
 FITTED = ("stride",)
 """Prefetch seats that run with a file which `moesim fit` wrote, and not without."""
@@ -420,5 +420,7 @@ def specs(draw: st.DrawFn, names: Sequence[str] = LOSSLESS) -> tuple[str, tuple[
     if prefetch == "next-gate":
         settings.append(f"prefetch.cancel={draw(st.sampled_from(['true', 'false']))}")
     elif "distance" in parameters(seat_class("prefetch", prefetch)):
-        settings.append(f"prefetch.distance={draw(st.integers(1, 4))}")
+        # What is read from the trace was recorded for two layers.
+        most = 2 if Needs.AHEAD in seat_class("prefetch", prefetch).needs else 4
+        settings.append(f"prefetch.distance={draw(st.integers(1, most))}")
     return name, tuple(settings)
