@@ -434,25 +434,25 @@ def flat_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
         dense = whole.dense_tokens
         for slot in source.slots:
             for token in range(slot.first, slot.first + slot.tokens):
-                for expert in source.token_experts[token]:
+                for rank, expert in enumerate(source.token_experts[token].tolist()):
                     if expert == DROPPED:
                         continue
-                    yield _single(whole, slot, token, int(expert), event, dense, experts)
+                    yield _single(whole, slot, token, rank, event, dense, experts)
                     event += 1
                     dense = 0
 
 
 def _single(
-    whole: Item, slot: Slot, token: int, expert: int, event: int, dense: int, experts: int
+    whole: Item, slot: Slot, token: int, rank: int, event: int, dense: int, experts: int
 ) -> Item:
     source = whole.event
-    only = slice(token, token + 1)
+    only, chosen = slice(token, token + 1), slice(rank, rank + 1)
     single = replace(
         source,
         event=event,
         slots=(slot._replace(first=0, tokens=1),),
-        token_experts=np.array([[expert]], np.uint16),
-        weights=None if source.weights is None else source.weights[only],
+        token_experts=source.token_experts[only, chosen],
+        weights=None if source.weights is None else source.weights[only, chosen],
         gate=None if source.gate is None else source.gate[only],
         ahead={distance: rows[only] for distance, rows in source.ahead.items()},
         norms=None if source.norms is None else source.norms[only],

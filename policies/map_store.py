@@ -61,6 +61,10 @@ class Store(NamedTuple):
     """int32 [C], scratch."""
     columns: A
     """int64 [experts], scratch."""
+    near: A
+    """float64 [C], scratch: cosines but for the norm of the trail."""
+    near_bits: A
+    """The same memory as int64."""
 
 
 class Trails(NamedTuple):
@@ -96,6 +100,7 @@ class Choice(NamedTuple):
 
 def make_store(layers: int, experts: int, capacity: int, like: Store | None = None) -> Store:
     """An empty store; ``like``: another whose entries it shares."""
+    near = np.zeros(capacity, np.float64)
     return Store(
         maps=np.zeros((layers, experts, capacity), np.int16),
         inverse=np.zeros((layers, capacity), np.float64),
@@ -104,6 +109,8 @@ def make_store(layers: int, experts: int, capacity: int, like: Store | None = No
         work=np.zeros(2, np.int64) if like is None else like.work,
         part=np.zeros(capacity, np.int32),
         columns=np.zeros(experts, np.int64),
+        near=near,
+        near_bits=near.view(np.int64),
     )
 
 
@@ -274,6 +281,28 @@ def _whole(store: Store, trails: Trails, s: int) -> None:
 def _near(store: Store, trails: Trails, s: int, layer: int, c: int) -> Any:
     """The cosine with an entry, times the trail's own norm."""
     return trails.dots[s, c] * store.inverse[layer, c]
+
+
+@kernel
+def _largest(store: Store, entries: int) -> int:
+    """The place of the largest of ``near``, the first of equals.
+
+    Floats from 0 on are in the order of their bits, and the largest of integers is found many at a
+    time; only where all are below 0 must the floats themselves be looked at.
+    """
+    bits = store.near_bits
+    top = np.int64(-1)
+    for c in range(entries):
+        top = max(top, bits[c])
+    found = 0
+    if top >= 0:
+        while bits[found] != top:
+            found += 1
+        return found
+    for c in range(entries):
+        if store.near[c] > store.near[found]:
+            found = c
+    return found
 
 
 @kernel

@@ -79,6 +79,10 @@ def past_of(case: Case, inputs: Inputs) -> Past:
     passes = [[(la, [ways[(5 * la + 3 * step) % len(ways)]]) for la in layers] for step in range(3)]
     ahead = [ways[row % len(ways)] for row in range(3 * len(layers))]
     rows = rows_of(97, passes, ahead=ahead, wide=meta.experts)
+    for known in case.requests[0].embedding.values():
+        # Embeddings of one trace have one length.
+        resized = {i: np.resize(vector, len(known)) for i, vector in rows.embedding.items()}
+        rows = replace(rows, embedding=resized)
     return lambda: past_facts([prepare(0, rows, meta, inputs)], meta.experts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -453,7 +453,10 @@ class Sources:
         slot = next(s for s in reversed(self.slots[whole]) if s.first <= token)
         slots = (slot._replace(first=0, tokens=1),)
         chosen = self.experts[row : row + 1, rank : rank + 1]
-        return self._cut(chosen, slots, row, row + 1, event, step, layer)
+        whole_row = self._cut(chosen, slots, row, row + 1, event, step, layer)
+        if self.weights is None:
+            return whole_row
+        return replace(whole_row, weights=self.weights[row : row + 1, rank : rank + 1])
 
     def _cut(
         self,
