@@ -1,6 +1,6 @@
 """The README's picture: one decode step on the clock, drawn from the ``timeline.json`` of runs.
 
-``python -m moesim.analysis.picture picture.svg --layers 8 --step 2 RUN RUN`` draws a panel a run.
+``python -m moesim.analysis.picture picture.svg --layers 8 --step 5 RUN RUN`` draws a panel a run.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from moesim.profile import (
     ModelProfile,
     Roofline,
     Table,
+    TableExpert,
 )
 from moesim.types import IntArray
 
@@ -122,7 +123,11 @@ class Costs:
         return _first_equal(*self._expert_bytes)
 
     def load_ns(self, nbytes: int) -> int:
-        """Time of one whole transfer, alone on the link: latency + ceil(bytes / bandwidth).
+        """Time of one whole transfer: the host's hand-over, and the link's own ``link_ns``."""
+        return self.hardware.link.handover_ns + self.link_ns(nbytes)
+
+    def link_ns(self, nbytes: int) -> int:
+        """Time of one whole transfer on the link alone: latency + ceil(bytes / bandwidth).
 
         With a measured curve: between its points in a straight line from (0, latency), beyond the
         last one at the link's bandwidth.
@@ -139,8 +144,8 @@ class Costs:
     def chunk_ends(self, nbytes: int) -> tuple[int, ...]:
         """Time from the start of a transfer to the end of each of its chunks, rising.
 
-        The last is ``load_ns(nbytes)`` exactly; the latency lies in the first. No bytes, or no
-        chunk size, is one chunk.
+        The last is ``load_ns(nbytes)`` exactly; latency and hand-over lie in the first. No bytes,
+        or no chunk size, is one chunk.
         """
         nbytes = _count(nbytes)
         chunk = self.hardware.link.chunk_bytes or max(nbytes, 1)
@@ -187,15 +192,20 @@ class Costs:
             return 0
         if isinstance(cpu, ConstantExpert):
             return cpu.expert_ns
+        if isinstance(cpu, TableExpert):
+            return math.ceil(_row(cpu.expert, tokens))
         return self._expert(cpu, tokens, layer, precision)
 
     def head_ns(self, tokens: int) -> int:
         """Time of the final norm and output head for ``tokens``, once each forward pass.
 
-        Only a roofline knows it; constant and table profiles hold it within their dense times.
+        A roofline knows it, and a table that has it apart; other profiles hold it within their
+        dense times.
         """
         tokens = _count(tokens)
         model, device = self.model, self._device
+        if isinstance(device, Table) and device.head and tokens:
+            return math.ceil(_row(device.head, tokens))
         if not isinstance(device, _Roof) or tokens == 0 or model.head_bytes == 0:
             return 0
         return device.ns(model.head_bytes, model.head_flops_per_token * tokens)

@@ -201,6 +201,9 @@ class Link:
     """One kind of host-to-device channel.
 
     ``curve`` holds (bytes, ns) of whole transfers, rising; where it ends, ``bytes_per_s`` goes on.
+    ``handover_ns`` is not the link's own and is added to each transfer: the host gives it out,
+    hears its end and settles the books, and neither the next transfer nor what waits for this one
+    goes on before. A link that is made to last (``real run --bandwidth``) lasts without it.
     """
 
     bytes_per_s: float  # may be inf
@@ -208,6 +211,7 @@ class Link:
     chunk_bytes: int  # 0 = a transfer is one chunk
     channels: int = 1
     curve: tuple[tuple[int, int], ...] = ()
+    handover_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +233,16 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Measured times of one model: expert (tokens, ns), dense (tokens, context, ns), rising."""
+    """Measured times of one model: expert (tokens, ns), dense (tokens, context, ns), rising.
+
+    ``head`` holds (tokens, ns) of the output head, once each forward pass; without it the dense
+    times hold the head as well.
+    """
 
     expert: tuple[tuple[int, int], ...]
     dense: tuple[tuple[int, int, int], ...]
     model: str = ""  # the model measured; "" = not said
+    head: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +250,13 @@ class ConstantExpert:
     """One time for each expert that the host computes."""
 
     expert_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableExpert:
+    """Measured times of one model's experts on the host: (tokens, ns), rising."""
+
+    expert: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +268,7 @@ class Host:
     policy_ops_per_s: float  # background jobs; may be inf
     policy_bytes_per_s: float  # background jobs; may be inf
     workers: int
-    cpu: Roofline | ConstantExpert
+    cpu: Roofline | ConstantExpert | TableExpert
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +314,7 @@ class HardwareProfile:
                 "chunk_bytes": self.link.chunk_bytes,
                 "channels": self.link.channels,
                 "curve": [list(point) for point in self.link.curve],
+                "handover_ns": self.link.handover_ns,
             },
             "compute": _compute_dict(self.compute),
             "host": {
@@ -608,6 +625,7 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
             chunk_bytes=link.whole("chunk_bytes"),
             channels=_optional(link, "channels", lambda: link.whole("channels", least=1), 1),
             curve=_optional(link, "curve", lambda: _curve(link, folder), ()),
+            handover_ns=_optional(link, "handover_ns", lambda: link.whole("handover_ns"), 0),
         ),
         compute=_compute(keys.table("compute"), folder),
         host=Host(
@@ -618,7 +636,7 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
                 host, "policy_bytes_per_s", lambda: host.rate("policy_bytes_per_s"), math.inf
             ),
             workers=host.whole("workers", least=1),
-            cpu=_cpu(host.table("cpu")),
+            cpu=_cpu(host.table("cpu"), folder),
         ),
     )
     for table in (keys, memory, link, host):
@@ -666,10 +684,15 @@ def _compute(keys: _Keys, folder: Path) -> Roofline | Constant | Table:
     return made
 
 
-def _cpu(keys: _Keys) -> Roofline | ConstantExpert:
-    kind = keys.choice("kind", ("roofline", "constant"))
-    made: Roofline | ConstantExpert
-    made = _roofline(keys) if kind == "roofline" else ConstantExpert(keys.whole("expert_ns"))
+def _cpu(keys: _Keys, folder: Path) -> Roofline | ConstantExpert | TableExpert:
+    kind = keys.choice("kind", ("roofline", "constant", "table"))
+    made: Roofline | ConstantExpert | TableExpert
+    if kind == "roofline":
+        made = _roofline(keys)
+    elif kind == "constant":
+        made = ConstantExpert(keys.whole("expert_ns"))
+    else:
+        made = TableExpert(_by_tokens(keys, "expert", folder))
     keys.close()
     return made
 
@@ -679,23 +702,35 @@ def _roofline(keys: _Keys) -> Roofline:
 
 
 def _times(keys: _Keys, folder: Path) -> Table:
-    expert = [(row[0], row[1]) for row in keys.rows("expert", ("tokens", "ns"), folder)]
+    expert = _by_tokens(keys, "expert", folder)
+    head = _by_tokens(keys, "head", folder) if keys.has("head") else ()
     dense = [
         (row[0], row[1], row[2]) for row in keys.rows("dense", ("tokens", "context", "ns"), folder)
     ]
-    for key, rows in (("expert", expert), ("dense", dense)):
-        if not rows:
-            raise keys.fail(key, "has no rows; measure at least one")
-        if rows[0][0] < 1:
-            raise keys.fail(f"{key}[0]", "must be for at least 1 token")
-    _rising(keys, "expert", expert)
+    _some(keys, "dense", dense)
     for i in range(1, len(dense)):
         if dense[i][:2] <= dense[i - 1][:2]:
             raise keys.fail(f"dense[{i}]", "must come after the row before it; sort the rows")
         if dense[i][0] == dense[i - 1][0] and dense[i][2] < dense[i - 1][2]:
             raise keys.fail(f"dense[{i}]", "takes less time than a shorter context; must not fall")
     model = _optional(keys, "model", lambda: keys.text("model", empty=True), "")
-    return Table(tuple(expert), tuple(dense), model)
+    return Table(expert, tuple(dense), model, head)
+
+
+def _by_tokens(keys: _Keys, key: str, folder: Path) -> tuple[tuple[int, int], ...]:
+    rows = tuple((row[0], row[1]) for row in keys.rows(key, ("tokens", "ns"), folder))
+    # A profile that moesim printed says [] where it has no head.
+    if rows or key != "head":
+        _some(keys, key, rows)
+    _rising(keys, key, rows)
+    return rows
+
+
+def _some(keys: _Keys, key: str, rows: Sequence[tuple[int, ...]]) -> None:
+    if not rows:
+        raise keys.fail(key, "has no rows; measure at least one")
+    if rows[0][0] < 1:
+        raise keys.fail(f"{key}[0]", "must be for at least 1 token")
 
 
 def _read_rows(path: Path, columns: tuple[str, ...]) -> list[list[int]]:
@@ -726,7 +761,9 @@ def _plain_rate(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
 
 
-def _compute_dict(compute: Roofline | Constant | Table | ConstantExpert) -> dict[str, Any]:
+def _compute_dict(
+    compute: Roofline | Constant | Table | ConstantExpert | TableExpert,
+) -> dict[str, Any]:
     if isinstance(compute, Roofline):
         return {
             "kind": "roofline",
@@ -738,11 +775,14 @@ def _compute_dict(compute: Roofline | Constant | Table | ConstantExpert) -> dict
         return {"kind": "constant", "dense_ns": compute.dense_ns, "expert_ns": compute.expert_ns}
     if isinstance(compute, ConstantExpert):
         return {"kind": "constant", "expert_ns": compute.expert_ns}
+    if isinstance(compute, TableExpert):
+        return {"kind": "table", "expert": [list(row) for row in compute.expert]}
     return {
         "kind": "table",
         "expert": [list(row) for row in compute.expert],
         "dense": [list(row) for row in compute.dense],
         "model": compute.model,
+        "head": [list(row) for row in compute.head],
     }
 
 

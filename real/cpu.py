@@ -104,7 +104,7 @@ class Cpu:
     def host_expert(self, key: int, tokens: int) -> None:
         """A gated MLP over the host's bytes."""
         with torch.inference_mode():
-            _mlp(self._tokens(tokens), self._weights(self._host(key)))
+            mlp(self._tokens(tokens), self._weights(self._host(key)))
 
     # ---- what is said of it ----------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Cpu:
 
     def _gated(self, nbytes: AnyArray, tokens: int) -> None:
         with torch.inference_mode():
-            result = _mlp(self._tokens(tokens), self._weights(nbytes))
+            result = mlp(self._tokens(tokens), self._weights(nbytes))
             if tokens > len(self._output):
                 self._output = torch.zeros_like(self._tokens(tokens))
             if result is not None:
@@ -184,7 +184,7 @@ class Cpu:
             )
 
 
-def _mlp(inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+def mlp(inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
     """down(silu(gate(x)) * up(x)); None where the bytes hold no weight of each."""
     hidden, width = _sides(weights.numel(), inputs.shape[1])
     if not width:

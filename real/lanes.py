@@ -26,7 +26,7 @@ _JOIN_S = 1.0
 """How long a thread may take to stop; one that hangs is left behind, and ends with the process."""
 
 
-class _Failed(NamedTuple):
+class Failed(NamedTuple):
     """A thread has died."""
 
     lane: str
@@ -34,7 +34,7 @@ class _Failed(NamedTuple):
     error: BaseException
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """Work for a thread: ``run`` returns the chunks that have moved, if any move."""
 
     report: str
@@ -43,12 +43,12 @@ class _Task(NamedTuple):
     run: Callable[[], int | None]
 
 
-_Ranked = tuple[int, int, _Task | None]
+_Ranked = tuple[int, int, Task | None]
 _Tasks = queue.SimpleQueue[_Ranked] | queue.PriorityQueue[_Ranked]
 """Tasks with their rank (jobs come after experts) and number."""
 
 
-class _Lane:
+class Lane:
     """Threads that take tasks from one queue.
 
     ``beat_ns`` : when one of them last began, ended or came forward.
@@ -58,7 +58,7 @@ class _Lane:
         self,
         name: str,
         clock: RunClock,
-        reports: queue.SimpleQueue[Report | _Failed],
+        reports: queue.SimpleQueue[Report | Failed],
         tasks: _Tasks,
         threads: int = 1,
     ) -> None:
@@ -79,12 +79,23 @@ class _Lane:
         for thread in self._threads:
             thread.start()
 
-    def give(self, task: _Task) -> None:
+    def give(self, task: Task) -> None:
         """Queue a task."""
         if not self.given:
             self.beat_ns = time.perf_counter_ns()
         self.given += 1
         self._put(task.report == JOB, task)
+
+    def take(self, timeout_s: float) -> Task | None:
+        """The next task, for a thread that is not the lane's own; None: the lane has stopped.
+
+        Raises
+        ------
+        queue.Empty
+            If there is none by then.
+        """
+        task = self._tasks.get(timeout=timeout_s)[2]
+        return None if self.stopped.is_set() else task
 
     def beat(self) -> None:
         """The work under way comes forward."""
@@ -105,18 +116,19 @@ class _Lane:
         """What was begun last."""
         return self._what
 
-    def _put(self, rank: int, task: _Task | None) -> None:
+    def _put(self, rank: int, task: Task | None) -> None:
         self._number += 1
         self._tasks.put((rank, self._number, task))
 
     def _work(self) -> None:
         try:
             while (task := self._tasks.get()[2]) is not None and not self.stopped.is_set():
-                self._do(task)
+                self.do(task)
         except BaseException as error:
-            self._reports.put(_Failed(self.name, self._what, error))
+            self._reports.put(Failed(self.name, self._what, error))
 
-    def _do(self, task: _Task) -> None:
+    def do(self, task: Task) -> None:
+        """Work on a task, and report it."""
         self._what = task.what
         self.beat()
         start = self._clock.now()
@@ -149,19 +161,20 @@ class Lanes:
         self._costs = costs
         self._paced = paced
         self._watchdog_ns = int(watchdog_s * 1e9)
-        self._reports: queue.SimpleQueue[Report | _Failed] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Report | Failed] = queue.SimpleQueue()
         self._chunk = costs.hardware.link.chunk_bytes
+        self._handover_ns = costs.hardware.link.handover_ns
         self._paused = threading.Event()
         self._longest_ns = 0
-        self._copying = _Lane("copy", self.clock, self._reports, queue.SimpleQueue())
-        self._computing = _Lane("compute", self.clock, self._reports, queue.SimpleQueue())
+        self._copying = Lane("copy", self.clock, self._reports, queue.SimpleQueue())
+        self._computing = self._compute_lane()
         tasks: _Tasks = queue.PriorityQueue()
-        self._working = _Lane("host", self.clock, self._reports, tasks, workers)
+        self._working = Lane("host", self.clock, self._reports, tasks, workers)
         self._lanes = (self._copying, self._computing, self._working)
 
     def __enter__(self) -> Self:
         start = self._device.start_computing
-        self._computing.give(_Task(DENSE, -1, "starting", start))
+        self._computing.give(Task(DENSE, -1, "starting", start))
         try:
             self.next()
         except BaseException:
@@ -211,7 +224,7 @@ class Lanes:
         """Compute a layer's dense part; layer -1 is the output head."""
         what = "computing the output head" if layer < 0 else f"the dense part of layer {layer}"
         device = self._device
-        self._computing.give(_Task(DENSE, -1, what, lambda: device.dense(layer, tokens)))
+        self._computing.give(Task(DENSE, -1, what, lambda: device.dense(layer, tokens)))
 
     def expert(self, key: int, tokens: int) -> None:
         """Compute an expert on the device, from the copy that is there."""
@@ -234,7 +247,7 @@ class Lanes:
             wait_until(time.perf_counter_ns() + length_ns, self._working.stopped)
 
         self._longest_ns = max(self._longest_ns, length_ns)
-        self._working.give(_Task(JOB, number, f"job {number}", wait))
+        self._working.give(Task(JOB, number, f"job {number}", wait))
 
     def next(self) -> Report:
         """Wait for the next report.
@@ -251,7 +264,7 @@ class Lanes:
                 report = self._reports.get(timeout=self._patience_s())
             except queue.Empty:
                 continue
-            if isinstance(report, _Failed):
+            if isinstance(report, Failed):
                 raise _death(report) from report.error
             self._lane_of(report.lane).given -= 1
             return report
@@ -259,14 +272,18 @@ class Lanes:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _give(
-        self, lane: _Lane, report: str, key: int, doing: str, run: Callable[[], int | None]
+        self, lane: Lane, report: str, key: int, doing: str, run: Callable[[], int | None]
     ) -> None:
         experts = self._ledger.experts
         expert = self._ledger.expert(key)
         what = f"{doing} expert {expert // experts}.{expert % experts}"
-        lane.give(_Task(report, key, what, run))
+        lane.give(Task(report, key, what, run))
 
-    def _lane_of(self, report: str) -> _Lane:
+    def _compute_lane(self) -> Lane:
+        """The lane that computes."""
+        return Lane("compute", self.clock, self._reports, queue.SimpleQueue())
+
+    def _lane_of(self, report: str) -> Lane:
         if report == COPY:
             return self._copying
         return self._working if report in (HOST, JOB) else self._computing
@@ -274,6 +291,8 @@ class Lanes:
     def _send(self, key: int, slot: int, ends: Sequence[int], sent: int) -> int:
         """The copy lane's work: chunks, until the last, a pause, or the end of the run."""
         nbytes = self._ledger.copy_bytes[key]
+        # The modelled hand-over is what really passes between two copies: it is not waited for.
+        ends = [end - self._handover_ns for end in ends]
         chunk = self._chunk or nbytes
         began = time.perf_counter_ns() - (ends[sent - 1] if sent else 0)
         while sent < len(ends):
@@ -301,14 +320,14 @@ class Lanes:
                     )
         return left / 1e9
 
-    def _modelled_ns(self, lane: _Lane) -> int:
+    def _modelled_ns(self, lane: Lane) -> int:
         """The longest time that a lane may rightly wait, within one task, for its clock."""
         if lane is self._copying and self._paced:
             return max(self._costs.load_ns(n) for n in set(self._ledger.copy_bytes))
         return self._longest_ns if lane is self._working else 0
 
 
-def _death(failed: _Failed) -> ExecutionError:
+def _death(failed: Failed) -> ExecutionError:
     if isinstance(failed.error, ExecutionError):
         return failed.error
     kind = type(failed.error).__name__

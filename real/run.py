@@ -237,15 +237,15 @@ class _Execution:
             "paced": self.request.paced,
             "repeat": 0,
         }
-        while self.store.path(_run_id(manifest)).exists():
+        while self.store.path(run_id_of(manifest)).exists():
             manifest["repeat"] += 1
-        run_id = _run_id(manifest)
+        run_id = run_id_of(manifest)
         spans = server.spans
         folder = RunStore(beside).write(
             run_id,
             manifest,
             summary,
-            [_request_row(times) for times in server.tally.requests],
+            [request_row(times) for times in server.tally.requests],
             None if spans is None else chrome_events(spans, self.configuration.meta.experts),
             {**host_facts(wall_s), **device.facts(), **self._paths()},
         )
@@ -261,11 +261,13 @@ class _Execution:
         }
 
 
-def _run_id(manifest: Mapping[str, Any]) -> str:
+def run_id_of(manifest: Mapping[str, Any]) -> str:
+    """Name of a run's folder."""
     return digest_of(manifest)[:16]
 
 
-def _request_row(times: RequestTimes) -> dict[str, Any]:
+def request_row(times: RequestTimes) -> dict[str, Any]:
+    """A row of ``requests.parquet``."""
     names = ("request", "arrival_ns", "begin_ns", "first_token_ns", "end_ns", "ttft_ns", "tpot_ns")
     more = ("prompt_tokens", "output_tokens", "stall_ns", "misses")
     return {name: getattr(times, name) for name in (*names, *more)}

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from moesim.errors import UsageError
 from moesim.traces import demo_pairs, demo_text
-from moesim.traces.demo_text import Part, Source
+from moesim.traces.demo_shapes import BOS, EOS, PAD
+from moesim.traces.demo_text import Documents, Part, Source
+from moesim.traces.demo_tokens import make_tokenizer
 
 PAGE = """.TH LS 1 2022
 .SH NAME
@@ -69,7 +71,7 @@ def test_a_package_gives_its_matching_files(tmp_path: Path) -> None:
     files = {"./man/ls.1.gz": gzip.compress(PAGE.encode()), "./doc/other": b"x"}
     deb(path, files)
     part = Part("man_de", r"/man/.*\.gz$", "roff")
-    assert list(demo_text.raw_files(part, tmp_path)) == [PAGE]
+    assert list(demo_text._texts(part, path)) == [PAGE]
 
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -90,32 +92,48 @@ def test_about_a_twentieth_is_held_out() -> None:
     assert abs(held / 4000 - demo_text.HELD_OF_256 / 256) < 0.01
 
 
-def test_a_manual_page_is_summarised_by_its_name_line() -> None:
-    ((text, summary),) = demo_pairs.from_manual_page(PAGE)
-    assert summary == "list directory contents"
-    assert "list directory" not in text
+def test_sentences_and_lines() -> None:
+    text = "One is\n  here. Two!  Three:\n\nfour\n今日は。明日"
+    assert demo_pairs.sentences(text) == ["One is here.", "Two!", "Three:", "four 今日は。", "明日"]
+    lines = ["One is", "here. Two! Three:", "four", "今日は。明日"]
+    assert demo_pairs.sentences(text, by_line=True) == lines
 
 
-def test_a_function_is_summarised_by_its_docstring() -> None:
-    code = 'def f(x):\n    """Double x. Really.\n\n    More.\n    """\n    return 2 * x\n'
-    ((text, summary),) = demo_pairs.from_python(code)
-    assert summary == "Double x."
-    assert "def f(x):" in text
-    assert "return 2 * x" in text
-    assert "Double" not in text
+SENTENCES = st.lists(
+    st.lists(st.integers(3, 40), max_size=30).map(lambda ids: [BOS, *ids]), max_size=40
+)
 
 
-def test_a_section_is_summarised_by_its_heading() -> None:
-    text = "Intro\n=====\n\nFirst.\n\nUsing :mod:`~os.path` now\n------\n\nSecond.\n"
-    pairs = dict(demo_pairs.from_rst(text))
-    assert {k.strip(): v for k, v in pairs.items()} == {
-        "First.": "Intro",
-        "Second.": "Using os.path now",
-    }
+@given(SENTENCES)
+def test_a_passage_fits_a_text_and_each_of_its_sentences_a_summary(found: list[list[int]]) -> None:
+    kept = [one for run in demo_pairs.passages(found) for one in run]
+    order = iter(tuple(ids[1:]) for ids in found)
+    assert all(one in order for one in kept)
+    for run in demo_pairs.passages(found):
+        assert len(run) == len(set(run)) >= demo_pairs.LEAST_SENTENCES
+        assert 1 + sum(len(one) + 1 for one in run) <= demo_pairs.TEXT_TOKENS
+        assert all(demo_pairs.LEAST_TOKENS <= len(one) < demo_pairs.SUMMARY_TOKENS for one in run)
 
 
-def test_source_that_does_not_parse_gives_no_pairs() -> None:
-    assert list(demo_pairs.from_python("def f(:\n")) == []
+def test_the_principal_sentence_shares_most_with_the_rest() -> None:
+    # Of 4, 4 and 4 tokens, 1, 3 and 2 are in the other two.
+    assert demo_pairs.principal([(1, 2, 3, 9), (9, 5, 6, 4), (5, 6, 7, 8)]) == (9, 5, 6, 4)
+
+
+def test_pairs_are_cut_from_their_own_documents() -> None:
+    words = ["the red house", "an old blue door", "seven open windows", "no green garden"]
+    text = " ".join(f"Here is {a} and there is {b}." for a in words for b in words if a != b)
+    documents = {"a": Documents([text, text.replace("Here", "Now")], [text])}
+    tokenizer = make_tokenizer(documents, vocabulary=400)
+    pairs = demo_pairs.make_pairs(tokenizer, documents)
+    held, train = pairs.held["a"], pairs.train["a"]
+    assert len(held.texts) and len(train.texts)
+    for one, pairs_of in (("Here", held), ("Now", train)):
+        texts = tokenizer.batch_decode(pairs_of.texts, skip_special_tokens=True)
+        summaries = tokenizer.batch_decode(pairs_of.summaries, skip_special_tokens=True)
+        for whole, summary in zip(texts, summaries, strict=True):
+            assert summary in whole.split("\n")
+            assert summary.startswith(one)
 
 
 WORDS = st.lists(
@@ -146,3 +164,25 @@ def test_drawn_pairs_depend_on_the_key_alone() -> None:
     assert (one.texts == two.texts).all()
     assert (one.summaries == one.texts + 1).all()
     assert (one.texts != demo_pairs.draw(pairs, 5, (0, 8)).texts).any()
+
+
+def test_a_summary_alone_is_a_text_of_one_line() -> None:
+    texts = np.array([[BOS, 7, 8, 5, 9, 6, 5, PAD], [BOS, 9, 5, 7, 5, PAD, PAD, PAD]], np.uint16)
+    summaries = np.array([[7, 8, EOS, PAD], [9, EOS, PAD, PAD]], np.uint16)
+    alone = demo_pairs.alone(demo_pairs.Pairs(texts, summaries))
+    assert alone.texts.tolist() == [[BOS, 7, 8, 5, PAD], [BOS, 9, 5, PAD, PAD]]
+    assert alone.summaries is summaries
+    assert alone.texts.dtype == np.uint16
+
+
+def test_a_gap_stands_where_the_summary_stood() -> None:
+    texts = np.array(
+        [[BOS, 7, 9, 5, 7, 8, 5, 6, 5], [BOS, 9, 5, 7, 5, PAD, PAD, PAD, PAD]], np.uint16
+    )
+    summaries = np.array([[7, 8, EOS, PAD], [9, EOS, PAD, PAD]], np.uint16)
+    gapped = demo_pairs.gapped(demo_pairs.Pairs(texts, summaries))
+    assert gapped.texts.tolist() == [
+        [BOS, 7, 9, 5, EOS, 5, 6, 5, PAD],
+        [BOS, EOS, 5, 7, 5, PAD, PAD, PAD, PAD],
+    ]
+    assert gapped.summaries is summaries

@@ -95,6 +95,18 @@ def test_the_routers_are_all_seen_in_order(family: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_one_head_of_each_encoder_layer_starts_at_the_token_before() -> None:
+    model = build(TINY["switch"], 0)
+    ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        layers = model.get_encoder()(input_ids=ids, output_attentions=True).attentions
+    for attention in layers:
+        before = attention.diagonal(offset=-1, dim1=-2, dim2=-1).mean((0, 2))
+        assert before[0] > 0.8
+        assert (before[1:] < 0.2).all()
+
+
 def test_the_balance_is_one_where_the_load_is_even() -> None:
     shape = TINY["mixtral"]
     # Each of the four tokens prefers another pair; all pairs together load evenly.

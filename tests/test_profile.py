@@ -355,7 +355,11 @@ HARDWARE_FAULTS = [
     ("host.workers", 0, "host.workers: must be at least 1, got 0"),
     ("host.policy_ops_per_s", 0, "host.policy_ops_per_s: must be above 0, got 0"),
     ("host.cpu", None, "host.cpu: missing; add this key"),
-    ("host.cpu.kind", "table", "host.cpu.kind: must be one of roofline, constant; got 'table'"),
+    (
+        "host.cpu.kind",
+        "grid",
+        "host.cpu.kind: must be one of roofline, constant, table; got 'grid'",
+    ),
     ("host.cpu.kernel_ns", None, "host.cpu.kernel_ns: missing; add this key"),
     ("schema", 7, "schema: 7 is newer than this moesim reads (1); update it"),
 ]

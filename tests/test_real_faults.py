@@ -364,7 +364,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (("--ram", "much"), "--ram much: write a size"),
         (("--costs", "mixtral-8x7b", "--capacity", "100%"), "more --ram"),
         (("--timeline",), "--timeline writes into the run's folder"),
-        (("--policy", "next-gate", "--set", "prefetch.distance=3"), "needs AHEAD (3)"),
+        (("--policy", "next-gate", "--set", "prefetch.distance=4"), "needs AHEAD (4)"),
     ],
 )
 def test_a_mistake_is_one_line(

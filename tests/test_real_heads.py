@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from moesim.degrade import parse_allowed
-from moesim.policies.presets import PRESETS
 from moesim.profile import load_hardware, load_model
 from moesim.replay import Request, replay
 from moesim.traces.convert import convert
 from moesim.traces.head import head
 from moesim.traces.reader import TraceReader
+from tests.strategies import LOSSLESS
 
 
 class Source(NamedTuple):
@@ -51,7 +51,7 @@ SEQUENCES, TOKENS = 5, 40
 OF_SEQUENCES, OF_TOKENS = ("seq_index", "first_position", "prompt_id"), ("experts", "weights")
 
 PLAIN = "moesim.bench.plain:PlainLRU"
-SWIFT = [*(name for name in PRESETS if name not in ("next-gate", "streaming")), PLAIN]
+SWIFT = [*(name for name in LOSSLESS if name not in ("next-gate", "streaming")), PLAIN]
 """What the traces share out among them; prefetching whole layers takes the reference long."""
 
 
@@ -132,7 +132,7 @@ def test_b_every_preset_on_a_recorded_head(
     name: str, batch: int, head_of: Callable[[str], Path]
 ) -> None:
     path = head_of(name)
-    assert_equal(path, [*PRESETS, PLAIN], ["25%", f"{top_k(path)}/layer"], batch)
+    assert_equal(path, [*LOSSLESS, PLAIN], ["25%", f"{top_k(path)}/layer"], batch)
 
 
 def top_k(path: Path) -> int:

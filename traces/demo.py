@@ -29,15 +29,15 @@ Small steps, for a model this small learns more from many of them than from even
 """
 STEP_TOKENS: Final = 2048
 PAIR_ROWS: Final = STEP_TOKENS // (demo_pairs.TEXT_TOKENS + demo_pairs.SUMMARY_TOKENS)
+ALONE_ROWS: Final = STEP_TOKENS // (2 * demo_pairs.SUMMARY_TOKENS + 1)
+"""Rows of a step whose texts are one line."""
 MILLION_TOKENS: Final = {
     "demo": 3.0,
     "demo-dense": 3.0,
     "demo-mixtral": 1.0,
-    "demo-qwen": 0.6,
-    "demo-switch": 1.4,
+    "demo-qwen": 2.2,
+    "demo-switch": 4.0,
 }
-RATE: Final = {"demo-switch": 5e-3}
-"""Peak learning rate where it is not 0.002."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,8 +99,7 @@ def _prepare(args: argparse.Namespace) -> None:
     tokens = demo_tokens.tokenize(tokenizer, documents)
     demo_tokens.write_json(work / "text.json", _facts(work, documents, tokens))
     print("cutting summaries", file=sys.stderr)
-    pairs = demo_pairs.read_pairs(work / "text")
-    demo_pairs.save(demo_pairs.tokenize(tokenizer, pairs), work / "pairs.safetensors")
+    demo_pairs.save(demo_pairs.make_pairs(tokenizer, documents), work / "pairs.safetensors")
     # Last, for it says that all is there.
     demo_tokens.save(tokens, work / "tokens.safetensors")
 
@@ -151,7 +150,7 @@ def _train_one(shape: Shape, args: argparse.Namespace) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     million = args.million_tokens or MILLION_TOKENS[shape.name]
     steps = round(million * 1e6 / STEP_TOKENS)
-    plan = Plan(steps, STEP_TOKENS, args.seed, RATE.get(shape.name, 2e-3))
+    plan = Plan(steps, STEP_TOKENS, args.seed)
     path = work / ("pairs.safetensors" if shape.pairs else "tokens.safetensors")
     folder = work / "runs" / shape.name
     batches = (_pair_batches if shape.pairs else _batches)(path, plan)
@@ -183,7 +182,15 @@ def _pair_batches(path: Path, plan: Plan) -> Batches:
     pairs = demo_pairs.stack(demo_pairs.load(path).train)
 
     def batch(step: int) -> dict[str, Any]:
-        return demo_pairs.arguments(demo_pairs.draw(pairs, PAIR_ROWS, (plan.seed, step)))
+        # One line to copy, a gap to fill, a line to choose and copy, a gap: without the first,
+        # copying is learned late; without gaps, the experts learn no topics.
+        rows = PAIR_ROWS if step % 4 else ALONE_ROWS
+        drawn = demo_pairs.draw(pairs, rows, (plan.seed, step))
+        if step % 2:
+            drawn = demo_pairs.gapped(drawn)
+        elif step % 4 == 0:
+            drawn = demo_pairs.alone(drawn)
+        return demo_pairs.arguments(drawn)
 
     return batch
 
@@ -213,6 +220,7 @@ def _write_model(model: Any, work: Path, folder: Path) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
+    from moesim.traces.demo_overview import write_overview
     from moesim.traces.demo_report import evaluate
 
     torch.set_num_threads(args.threads)
@@ -221,6 +229,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         report = evaluate(shape_of(name), args.work, folder)
         if args.ship:
             shutil.copytree(folder, args.ship / name, dirs_exist_ok=True)
+            write_overview(args.ship)
         print(json.dumps({"name": name, "loss": report["mean_loss"], "laws": report["laws"]}))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moesim.errors import UsageError
+from moesim.traces.demo_pairs import sentences
 
 FOLDER: Final = Path(__file__).parent / "models"
 
@@ -42,7 +43,6 @@ CHECK_TEXTS: Final = {
     ),
 }
 """Written for this project, so that a model's stated losses can be checked anywhere."""
-CHECK_SUMMARY: Final = "Returns a shortest path."
 
 
 def shipped() -> list[str]:
@@ -72,17 +72,20 @@ def model_path(name_or_path: str) -> Path:
 def check_losses(model: Any, tokenizer: Any) -> dict[str, float]:
     """The model's loss on each of `CHECK_TEXTS`, nats a token.
 
-    An encoder-decoder reads the text and is asked for `CHECK_SUMMARY`.
+    An encoder-decoder reads the text, a sentence a line, and is asked for the first of them.
     """
     import torch
 
     model.eval()
     out = {}
     for name, text in CHECK_TEXTS.items():
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        labels = ids
+        read = asked = text
         if model.config.is_encoder_decoder:
-            labels = tokenizer(CHECK_SUMMARY, return_tensors="pt")["input_ids"][:, 1:]
+            lines = sentences(text, by_line=name == "code")
+            read, asked = "\n".join(lines), lines[0]
+        ids, labels = (tokenizer(one, return_tensors="pt")["input_ids"] for one in (read, asked))
+        if model.config.is_encoder_decoder:
+            labels = labels[:, 1:]
         with torch.no_grad():
             out[name] = float(model(input_ids=ids, labels=labels).loss)
     return out

@@ -1,18 +1,18 @@
 """Pairs of a text and its one-line summary, for the encoder-decoder demo model.
 
-A function's source and the first sentence of its docstring; a manual page and the line under its
-NAME; a section and its heading. All from the packages of `demo_text`, the summary cut out of the
-text. All pairs of a file are held out, or none.
+A text is a run of sentences (of code: lines) from a document of `demo_text`, one a line. Its
+summary is the one of them that shares most with the rest, which is how PEGASUS (Zhang et al., 2020,
+section 3.1) picks the principal sentence; here it stays in the text. So the model learns to choose
+and to copy, which a model this small can, and not to put into words of its own, which it cannot.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,18 +20,23 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim.errors import UsageError
-from moesim.traces.demo_shapes import EOS, PAD
-from moesim.traces.demo_text import TOPICS, from_roff, is_held, raw_files
+from moesim.traces.demo_shapes import BOS, EOS, PAD
+from moesim.traces.demo_text import Documents
 
-Pair = tuple[str, str]
 Ids = npt.NDArray[np.uint16]
+Sentence = tuple[int, ...]
 
 TEXT_TOKENS: Final = 96
 SUMMARY_TOKENS: Final = 24
 IGNORED: Final = -100
 """The label of padding."""
-_TEXT_CHARS: Final = 1500
-_LEAST_CHARS, _MOST_SUMMARY_CHARS = 120, 120
+LEAST_SENTENCES: Final = 3
+LEAST_TOKENS: Final = 6
+"""Of a sentence; shorter ones are left out."""
+MOST_PAIRS: Final = 12_000
+"""Of a topic, for training."""
+CODE: Final = ("code", "algebra")
+"""Topics whose lines are their sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,91 +55,92 @@ class PairSets:
     held: dict[str, Pairs]
 
 
-def read_pairs(folder: Path) -> dict[str, tuple[list[Pair], list[Pair]]]:
-    """For training and held out, by topic; topics without summaries are left out."""
-    out = {}
-    for topic in TOPICS:
-        train: dict[str, str] = {}
-        held: dict[str, str] = {}
-        for part in topic.parts:
-            for text in raw_files(part, folder):
-                (held if is_held(text) else train).update(_pairs(part.clean, text))
-        for text in train.keys() & held.keys():
-            del train[text]
-        if held and len(train) > len(held):
-            out[topic.name] = (sorted(train.items()), sorted(held.items()))
-    return out
+def make_pairs(tokenizer: Any, documents: Mapping[str, Documents]) -> PairSets:
+    """All topics' pairs as ids; the documents held out give the pairs held out."""
+    parts: tuple[dict[str, Pairs], dict[str, Pairs]] = ({}, {})
+    for topic, found in documents.items():
+        for part, texts in zip(parts, (found.train, found.held), strict=True):
+            part[topic] = _topic_pairs(tokenizer, texts, topic in CODE)
+        parts[0][topic] = _unseen(parts[0][topic], parts[1][topic])
+    return PairSets(*parts)
 
 
-def _pairs(kind: str, text: str) -> Iterator[Pair]:
-    maker = _MAKERS.get(kind)
-    for body, summary in maker(text) if maker else ():
-        body, summary = body.strip()[:_TEXT_CHARS], " ".join(summary.split())
-        if len(body) >= _LEAST_CHARS and 8 <= len(summary) <= _MOST_SUMMARY_CHARS:
-            yield body, summary
-
-
-def from_python(text: str) -> Iterator[Pair]:
-    """A function's source without the first sentence of its docstring, and that sentence."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return
-    lines = text.split("\n")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
-            first, _, rest = doc.partition("\n\n")
-            body = node.body[0]
-            head = "\n".join(lines[node.lineno - 1 : body.lineno - 1])
-            code = "\n".join(lines[body.end_lineno : node.end_lineno])
-            yield f"{head}\n{rest[:600]}\n{code}", re.split(r"(?<=\.)\s", first)[0]
-
-
-def from_manual_page(text: str) -> Iterator[Pair]:
-    """What follows a manual page's NAME section, and the words behind its dash."""
-    sections = re.split(r"^\.SH\b", text, maxsplit=2, flags=re.MULTILINE)
-    if len(sections) == 3:
-        name = " ".join(from_roff(".SH" + sections[1]).split("\n")[1:])
-        _, dash, summary = name.partition(" - ")
-        if dash:
-            yield from_roff(".SH" + sections[2]), summary
-
-
-def from_rst(text: str) -> Iterator[Pair]:
-    """Sections of reStructuredText and their headings."""
-    parts = re.split(r"^(\S.*)\n([=\-~^\"*])\2{3,}\s*$", text, flags=re.MULTILINE)
-    for heading, body in zip(parts[1::3], parts[3::3], strict=True):
-        yield body, re.sub(r":[a-z:]+:`~?([^`<]*)[^`]*`", r"\1", heading).replace("``", "")
-
-
-_MAKERS: Final[dict[str, Callable[[str], Iterator[Pair]]]] = {
-    "python": from_python,
-    "roff": from_manual_page,
-    "rst": from_rst,
-}
-
-
-# ---- tokens ------------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer: Any, pairs: Mapping[str, tuple[list[Pair], list[Pair]]]) -> PairSets:
-    """All topics' pairs as ids."""
-    return PairSets(
-        {topic: pad_pairs(tokenizer, train) for topic, (train, _) in pairs.items()},
-        {topic: pad_pairs(tokenizer, held) for topic, (_, held) in pairs.items()},
+def _topic_pairs(tokenizer: Any, texts: Sequence[str], by_line: bool) -> Pairs:
+    # As much of each document as of any other, so that no long one stands for its topic.
+    most = -(-MOST_PAIRS // max(1, len(texts)))
+    newline = _newline(tokenizer)
+    made = [
+        (_joined(passage, newline), [*principal(passage), EOS])
+        for text in texts
+        for passage in islice(passages(tokenizer(sentences(text, by_line))["input_ids"]), most)
+    ]
+    return Pairs(
+        _padded([text for text, _ in made], TEXT_TOKENS),
+        _padded([summary for _, summary in made], SUMMARY_TOKENS),
     )
 
 
-def pad_pairs(tokenizer: Any, pairs: Sequence[Pair]) -> Pairs:
-    """Ids, cut and padded; a summary ends in EOS and has no BOS."""
-    texts = np.full((len(pairs), TEXT_TOKENS), PAD, np.uint16)
-    summaries = np.full((len(pairs), SUMMARY_TOKENS), PAD, np.uint16)
-    for row, (text, summary) in enumerate(pairs):
-        ids = tokenizer(text)["input_ids"][:TEXT_TOKENS]
-        texts[row, : len(ids)] = ids
-        ids = [*tokenizer(summary)["input_ids"][1:SUMMARY_TOKENS], EOS]
-        summaries[row, : len(ids)] = ids
-    return Pairs(texts, summaries)
+def _unseen(train: Pairs, held: Pairs) -> Pairs:
+    """The pairs for training whose summary no pair held out has."""
+    apart = {row.tobytes() for row in held.summaries}
+    kept = [row.tobytes() not in apart for row in train.summaries]
+    return Pairs(train.texts[kept], train.summaries[kept])
+
+
+def sentences(text: str, by_line: bool = False) -> list[str]:
+    """The sentences of a text (or its lines), their white space made one blank each."""
+    cut = r"\n" if by_line else r"(?<=[.!?;:])\s+|(?<=[。！？；])|\n\s*\n"
+    found = (" ".join(part.split()) for part in re.split(cut, text))
+    return [part for part in found if part] or [""]
+
+
+def passages(sentences: Iterable[Sequence[int]]) -> Iterator[list[Sentence]]:
+    """Runs of sentences (ids that begin with BOS) that fill a text, none of which could be said of
+    the whole: each fits a summary, is there once, and has LEAST_TOKENS."""
+    run: list[Sentence] = []
+    size = 1
+    for ids in sentences:
+        one = tuple(ids[1:])
+        if not LEAST_TOKENS <= len(one) < SUMMARY_TOKENS:
+            continue
+        if size + len(one) + 1 > TEXT_TOKENS:
+            if len(run) >= LEAST_SENTENCES:
+                yield run
+            run, size = [], 1
+        if one not in run:
+            run.append(one)
+            size += len(one) + 1
+
+
+def principal(passage: Sequence[Sentence]) -> Sentence:
+    """The sentence that shares most with the rest: the largest F1 of common tokens."""
+    counts = [Counter(one) for one in passage]
+    whole = sum(counts, Counter[int]())
+
+    def shared(number: int) -> float:
+        rest = whole - counts[number]
+        return (counts[number] & rest).total() / (len(passage[number]) + rest.total())
+
+    return passage[max(range(len(passage)), key=shared)]
+
+
+def _joined(passage: Sequence[Sentence], newline: int) -> list[int]:
+    out = [BOS]
+    for one in passage:
+        out += [*one, newline]
+    return out
+
+
+def _newline(tokenizer: Any) -> int:
+    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return int(newline)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> Ids:
+    out = np.full((len(rows), width), PAD, np.uint16)
+    for number, row in enumerate(rows):
+        out[number, : len(row)] = row
+    return out
 
 
 def arguments(pairs: Pairs) -> dict[str, Any]:
@@ -163,6 +169,28 @@ def draw(pairs: Pairs, rows: int, key: tuple[int, ...]) -> Pairs:
     """`rows` random pairs, each equally likely."""
     chosen = np.random.default_rng(key).integers(len(pairs.texts), size=rows)
     return Pairs(pairs.texts[chosen], pairs.summaries[chosen])
+
+
+def alone(pairs: Pairs) -> Pairs:
+    """The same summaries, each a text of one line: what copying is learned from first."""
+    newline = pairs.texts[0][pairs.texts[0] != PAD][-1]
+    lines = np.where(pairs.summaries == EOS, newline, pairs.summaries)
+    return Pairs(np.insert(lines, 0, BOS, axis=1), pairs.summaries)
+
+
+def gapped(pairs: Pairs) -> Pairs:
+    """The same pairs, EOS in the text where the summary stood: what no copying can fill.
+
+    This is PEGASUS's own task. Copying alone would leave the routers nothing to learn of the topic.
+    """
+    texts = np.full_like(pairs.texts, PAD)
+    for row, (text, summary) in enumerate(zip(pairs.texts, pairs.summaries, strict=True)):
+        line = summary[: int((summary == EOS).argmax())]
+        found = np.lib.stride_tricks.sliding_window_view(text, len(line)) == line
+        at = int(found.all(1).argmax())
+        cut = np.concatenate((text[:at], [EOS], text[at + len(line) :]))
+        texts[row, : len(cut)] = cut
+    return Pairs(texts, pairs.summaries)
 
 
 def save(data: PairSets, path: Path) -> None:

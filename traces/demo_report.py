@@ -16,13 +16,17 @@ from moesim.errors import UsageError
 from moesim.traces import demo_pairs, demo_tokens
 from moesim.traces.demo_measure import LENGTH, ROWS, Layer, Measured, measure
 from moesim.traces.demo_models import check_losses
+from moesim.traces.demo_overview import REPORT
+from moesim.traces.demo_overview import markdown as _markdown
 from moesim.traces.demo_shapes import SHAPES, Shape, build
 from moesim.traces.demo_tokens import write_json
 
-REPORT: Final = "report.json"
 LEAST_TOPIC_GAIN: Final = 1.5
 LEAST_BETWEEN_TO_WITHIN: Final = 10.0
 MOST_LOAD: Final = 6.0
+PAIRS: Final = ROWS * LENGTH // demo_pairs.TEXT_TOKENS
+"""Of each topic at most: as many tokens as there are of running text."""
+LEAST_ROUGE_GAIN: Final = 0.05
 ROUGE_PAIRS: Final = 24
 """Summaries written for each topic."""
 
@@ -41,18 +45,24 @@ def load_model(folder: Path, shape: Shape) -> Any:
     return model
 
 
-def held_batches(work: Path, shape: Shape, rows: int = ROWS) -> dict[str, dict[str, Any]]:
+def held_batches(work: Path, shape: Shape) -> dict[str, dict[str, Any]]:
     """Each topic's held-out batch, as the model's arguments."""
     import torch
 
     if shape.pairs:
         held = demo_pairs.load(work / "pairs.safetensors").held
-        return {topic: demo_pairs.arguments(_some(pairs, rows)) for topic, pairs in held.items()}
+        return {topic: demo_pairs.arguments(_some(some, PAIRS)) for topic, some in held.items()}
     out = {}
     for topic, ids in demo_tokens.load(work / "tokens.safetensors").held.items():
-        windows = torch.from_numpy(demo_tokens.held_windows(ids, rows, LENGTH))
+        windows = torch.from_numpy(demo_tokens.held_windows(ids, ROWS, LENGTH))
         out[topic] = {"input_ids": windows, "labels": windows}
     return out
+
+
+def _held_out(shape: Shape) -> dict[str, int]:
+    if shape.pairs:
+        return {"pairs_a_topic_at_most": PAIRS, "tokens_a_text": demo_pairs.TEXT_TOKENS}
+    return {"windows_a_topic": ROWS, "tokens_a_window": LENGTH}
 
 
 def _some(pairs: demo_pairs.Pairs, rows: int) -> demo_pairs.Pairs:
@@ -78,7 +88,7 @@ def evaluate(shape: Shape, work: Path, folder: Path, seed: int = 0) -> dict[str,
         "shape": asdict(shape),
         **_sizes(model, shape),
         "training": json.loads((work / "runs" / shape.name / "summary.json").read_text("utf-8")),
-        "held_out": {"windows_a_topic": ROWS, "tokens_a_window": LENGTH},
+        "held_out": _held_out(shape),
         "loss": _rounded(trained.loss),
         "mean_loss": round(fmean(trained.loss.values()), 4),
         "perplexity": {k: round(math.exp(v), 2) for k, v in trained.loss.items()},
@@ -88,7 +98,7 @@ def evaluate(shape: Shape, work: Path, folder: Path, seed: int = 0) -> dict[str,
     }
     report["check_loss"] = _rounded(check_losses(model, AutoTokenizer.from_pretrained(folder)))
     if shape.pairs:
-        report["rouge2"] = _rouge(model, work)
+        report["rouge2"] = _rouge(model, build(shape, seed), work)
     report["laws"] = laws(report)
     write_json(folder / REPORT, report)
     (folder / "README.md").write_text(_card(report, work), encoding="utf-8")
@@ -136,6 +146,9 @@ def laws(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "largest load, times mean": _at_most(trained["worst_load"], MOST_LOAD),
         "dead experts": _at_most(trained["dead_experts"], 0),
     }
+    if "rouge2" in report:
+        gains = [scores["model"] - scores["untrained"] for scores in report["rouge2"].values()]
+        out["Rouge-2 above the untrained model's"] = _at_least(fmean(gains), LEAST_ROUGE_GAIN)
     if report["dense_loss"]:
         above = report["mean_loss"] - fmean(report["dense_loss"].values())
         out["loss above the dense model's"] = _at_most(above, 0.0)
@@ -150,8 +163,9 @@ def _at_most(found: float, bound: float) -> dict[str, Any]:
     return {"found": round(found, 3), "at_most": bound, "holds": found <= bound}
 
 
-def _rouge(model: Any, work: Path) -> dict[str, dict[str, float]]:
-    """Rouge-2 of greedy summaries by topic, beside that of the text's own first line."""
+def _rouge(model: Any, untrained: Any, work: Path) -> dict[str, dict[str, float]]:
+    """Rouge-2 by topic of greedy summaries: the model's, the untrained one's, a line of the text
+    drawn at random (its expectation), and the text's first line."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
@@ -159,14 +173,23 @@ def _rouge(model: Any, work: Path) -> dict[str, dict[str, float]]:
     for topic, pairs in demo_pairs.load(work / "pairs.safetensors").held.items():
         some = _some(pairs, ROUGE_PAIRS)
         meant = tokenizer.batch_decode(some.summaries, skip_special_tokens=True)
-        said = summarise(model, tokenizer, some)
         texts = tokenizer.batch_decode(some.texts, skip_special_tokens=True)
-        first = [text.split("\n", 1)[0] for text in texts]
+        lines = [text.strip().split("\n") for text in texts]
         out[topic] = {
-            "model": round(fmean(map(demo_pairs.rouge2, said, meant)), 4),
-            "first_line": round(fmean(map(demo_pairs.rouge2, first, meant)), 4),
+            "model": _scored(summarise(model, tokenizer, some), meant),
+            "untrained": _scored(summarise(untrained, tokenizer, some), meant),
+            "any_line": round(fmean(map(_any_line, lines, meant)), 4),
+            "first_line": _scored([one[0] for one in lines], meant),
         }
     return out
+
+
+def _scored(said: list[str], meant: list[str]) -> float:
+    return round(fmean(map(demo_pairs.rouge2, said, meant)), 4)
+
+
+def _any_line(lines: list[str], meant: str) -> float:
+    return fmean(demo_pairs.rouge2(line, meant) for line in lines)
 
 
 def summarise(model: Any, tokenizer: Any, pairs: demo_pairs.Pairs) -> list[str]:
@@ -240,9 +263,11 @@ def _data(report: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     names = ", ".join(text["topics"])
     if report["shape"]["family"] == "switch":
         return (
-            "## Data\n\nPairs cut from the packages below: a function's source and the first"
-            " sentence of its docstring,\na manual page and its NAME line, a section and its"
-            " heading. 5 % of the files are held out by their hash.\n"
+            f"## Data\n\nPairs of a text and its summary, of topics {names}, cut from the packages"
+            " below.\nA text is a run of sentences, or of lines of code; its summary is the one"
+            " that shares most with\nthe others, so the model learns to choose and to copy. In half"
+            " of the training it is cut out of the text,\nso it learns to write as well. 5 % of the"
+            " documents are held out by their hash.\n"
         )
     return (
         f"## Data\n\n{size / 1e6:.0f} MB of text of {len(text['topics'])} topics, each drawn as"
@@ -267,7 +292,12 @@ def _columns(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     if report["dense_loss"]:
         out["loss of the dense model"] = report["dense_loss"]
     rouge = report.get("rouge2", {})
-    heads = {"model": "Rouge-2", "first_line": "Rouge-2 of the text's first line"}
+    heads = {
+        "model": "Rouge-2",
+        "untrained": "untrained",
+        "any_line": "a line drawn at random",
+        "first_line": "the first line",
+    }
     for key, head in heads.items() if rouge else ():
         out[head] = {topic: scores[key] for topic, scores in rouge.items()}
     return out
@@ -304,14 +334,16 @@ def _laws_table(report: Mapping[str, Any]) -> str:
     for name, law in report["laws"].items():
         bound = f"≥ {law['at_least']:g}" if "at_least" in law else f"≤ {law['at_most']:g}"
         rows.append([name, f"{law['found']:g}", bound, "yes" if law["holds"] else "**no**"])
-    return "## Laws\n\n" + _markdown(["", "found", "bound", "holds"], rows)
+    text = "## Laws\n\n" + _markdown(["", "found", "bound", "holds"], rows)
+    if report["shape"]["family"] == "switch":
+        text += (
+            "\nAs the class draws them, Switch routers are sure of themselves before they learned"
+            " anything. Training\nevens them out first, so the entropy is above the untrained"
+            " model's though the routing is learned.\n"
+        )
+    return text
 
 
 def _packages(text: Mapping[str, Any]) -> str:
     rows = [[f"`{p['file']}`", p["licence"], f"`{p['sha256'][:16]}`"] for p in text["packages"]]
     return "## Packages read\n\n" + _markdown(["package", "licence of its text", "SHA-256"], rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

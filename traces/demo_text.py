@@ -237,12 +237,6 @@ def _documents(part: Part, path: Path) -> list[str]:
     return [seen[key] for key in sorted(seen)]
 
 
-def raw_files(part: Part, folder: Path) -> Iterator[str]:
-    """The part's files as they are in the package in `folder`, decoded."""
-    source = next(source for source in SOURCES if source.key == part.source)
-    yield from _texts(part, archive(source, folder))
-
-
 def _texts(part: Part, path: Path) -> Iterator[str]:
     for name, data in _files(path, re.compile(part.pattern)):
         plain_bytes = gzip.decompress(data) if name.endswith(".gz") else data

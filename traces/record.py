@@ -132,7 +132,7 @@ def record(
         watch.say(f"{options.out}: is complete already; nothing to resume")
         with TraceReader(options.out) as reader:
             return reader.meta
-    _refuse_place(options.out)
+    refuse_place(options.out)
     source = open_prompts(
         options.prompts,
         column=options.column,
@@ -163,6 +163,17 @@ def encode(loaded: Loaded, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
+def too_long(loaded: Loaded, tokens: list[int], new: int) -> str | None:
+    """Return why a prompt and so many new tokens do not fit the context; None: they do."""
+    limit = loaded.context
+    if loaded.model.config.is_encoder_decoder:
+        new = 0
+    if limit is None or len(tokens) + new <= limit:
+        return None
+    more = f" and {new} new ones" if new else ""
+    return f"has {len(tokens)} tokens{more}; the model's context is {limit}"
+
+
 class _Session:
     """One recording under way."""
 
@@ -181,8 +192,8 @@ class _Session:
     def run(self, first: Prompt) -> TraceMeta:
         """Record every batch that is not there yet, then merge."""
         gates = self._found(first)
-        meta = _meta(self._options, self._loaded, gates, self._source)
-        plan = _plan(self._options, meta)
+        meta = meta_of(self._options, self._loaded, gates, self._source)
+        plan = plan_of(self._options, meta)
         recorder = BatchRecorder(
             self._loaded,
             gates,
@@ -236,13 +247,7 @@ class _Session:
     def _why_not(self, tokens: list[int]) -> str | None:
         if not tokens:
             return "is empty"
-        limit, new = self._loaded.context, self._options.generation.max_new_tokens
-        if self._loaded.model.config.is_encoder_decoder:
-            new = 0
-        if limit is None or len(tokens) + new <= limit:
-            return None
-        more = f" and {new} new ones" if new else ""
-        return f"has {len(tokens)} tokens{more}; the model's context is {limit}"
+        return too_long(self._loaded, tokens, self._options.generation.max_new_tokens)
 
     def _skip(self, number: int, why: str) -> None:
         self._skipped += 1
@@ -321,7 +326,8 @@ class _Splits:
 # ---- what is said about it -----------------------------------------------------------------------
 
 
-def _meta(options: Recording, loaded: Loaded, gates: Gates, source: PromptSource) -> TraceMeta:
+def meta_of(options: Recording, loaded: Loaded, gates: Gates, source: PromptSource) -> TraceMeta:
+    """Return what a recording says about itself."""
     wanted = options.wanted
     return TraceMeta(
         model=model_profile(loaded, gates),
@@ -356,7 +362,7 @@ def _notes(options: Recording, loaded: Loaded, gates: Gates) -> Iterator[str]:
         yield "embeddings: the model's input embedding, mean over the prompt, then of each token"
 
 
-def _plan(options: Recording, meta: TraceMeta) -> dict[str, Any]:
+def plan_of(options: Recording, meta: TraceMeta) -> dict[str, Any]:
     """Return everything that determines the rows."""
     options_plain = asdict(options)
     for name in ("out", "resume"):
@@ -367,13 +373,14 @@ def _plan(options: Recording, meta: TraceMeta) -> dict[str, Any]:
     return {**options_plain, **described, "model profile": meta.model.digest}
 
 
-def _refuse_place(out: Path) -> None:
+def refuse_place(out: Path, option: str = "--out") -> None:
+    """Raise `UsageError` where no trace can be written."""
     if out.is_dir():
-        raise UsageError(f"--out {out}: is a folder; name a file to write")
+        raise UsageError(f"{option} {out}: is a folder; name a file to write")
     if out.suffix == ".parts":
-        raise UsageError(f"--out {out}: is the name of the folder for parts; name it .parquet")
+        raise UsageError(f"{option} {out}: is the name of the folder for parts; name it .parquet")
     if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+        raise UsageError(f"{option} {out}: there is no folder {out.parent}")
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

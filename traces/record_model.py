@@ -97,7 +97,7 @@ def load(model: str, *, tokenizer: str | None = None, device: str, dtype: str) -
     several GPUs the model is spread over them. Raises `UsageError` in one line for everything that
     a user can mend.
     """
-    where = _source(model)
+    where = source_of(model)
     with _explained(model, "model"):
         config = transformers.AutoConfig.from_pretrained(where)
     used = _tokenizer(tokenizer or where, model, tokenizer)
@@ -107,7 +107,8 @@ def load(model: str, *, tokenizer: str | None = None, device: str, dtype: str) -
     return Loaded(name, "" if local else where, loaded, used)
 
 
-def _source(model: str) -> str:
+def source_of(model: str) -> str:
+    """Return the folder or hub id that a model's name means. Raises `UsageError`."""
     if model in shipped_models():
         return str(SHIPPED / model)
     path = Path(model).expanduser()
@@ -123,7 +124,7 @@ def _source(model: str) -> str:
 def _tokenizer(where: str, model: str, option: str | None) -> Any:
     name = option or model
     try:
-        found = transformers.AutoTokenizer.from_pretrained(_source(where))
+        found = transformers.AutoTokenizer.from_pretrained(source_of(where))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if _is_unreachable(error):
             raise _hub_error(name, "tokenizer") from None
@@ -150,11 +151,11 @@ def _model(name: str, where: str, config: Any, device: str, dtype: str) -> Any:
             )
         placed = {"device_map": "auto"}
     with _explained(name, "model"):
-        made = _class(config).from_pretrained(where, dtype=DTYPES[dtype], **placed)
+        made = auto_class(config).from_pretrained(where, dtype=DTYPES[dtype], **placed)
         return (made if placed else made.to(kind)).eval()
 
 
-def _class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Return the Auto class that generates text with this kind of model."""
     for name in MAPPINGS:
         auto = getattr(transformers, name)

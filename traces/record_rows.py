@@ -83,7 +83,7 @@ def request_rows(batch: Batch, number: int, sequence: RanSequence) -> RequestRow
         phase=np.where(iteration == 0, PREFILL, DECODE).astype(np.uint8),
         experts=experts,
         weights=halves(weights),
-        gate=_finite_logits(columns["logits"]) if "logits" in columns else None,
+        gate=finite_logits(columns["logits"]) if "logits" in columns else None,
         ahead=_ahead(columns),
         input_norm=halves(columns["norms"][:, 0]) if "norms" in columns else None,
         token=columns["token"],
@@ -108,7 +108,8 @@ def halves(values: AnyArray) -> Halves:
     return made
 
 
-def _finite_logits(logits: Halves) -> Halves:
+def finite_logits(logits: Halves) -> Halves:
+    """Return logits whose infinities are the largest number."""
     return np.where(np.isposinf(logits), np.float16(LARGEST_HALF), logits)
 
 

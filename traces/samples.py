@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moesim.errors import TraceError
 
-SAMPLES = {name: f"{name}.parquet" for name in ("demo", "demo-mixtral", "demo-qwen")}
+SAMPLES = {name: f"{name}.parquet" for name in ("demo", "demo-mixtral", "demo-qwen", "demo-switch")}
 
 
 def trace_path(name_or_path: str) -> Path:

@@ -14,6 +14,7 @@ from moesim.bench.engines import python, reference, scale
 from moesim.bench.figures import Figure
 from moesim.bench.measure import machine, one_core
 from moesim.bench.processes import compile_all, memory, start
+from moesim.bench.record import record
 from moesim.bench.workshop import Settings, Workshop
 from moesim.errors import NotRunError, UsageError
 
@@ -44,6 +45,7 @@ BENCHMARKS = (
     Benchmark("start", start),
     Benchmark("compile", compile_all, quick=False),
     Benchmark("memory", memory, quick=False),
+    Benchmark("record", record, quick=False),
 )
 
 

@@ -7,6 +7,7 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moesim.cli import generate
 from moesim.cli.options import hardware, initial, path, positive, seed, words
 from moesim.errors import UsageError
 
@@ -45,6 +46,69 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_machine(runner)
     _add_output(runner)
     runner.set_defaults(func=run)
+    _add_calibrate(commands)
+    generate.add_parser(commands)
+
+
+def _add_calibrate(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure this machine into a hardware profile",
+        description="Measure the link, the compute and the host by microbenchmarks, and write a "
+        "hardware profile for `--hardware`, with every reading and its spread in a Parquet file "
+        "beside it. The profile holds for the model that is named. Keep the machine quiet "
+        "meanwhile. Needs torch (`pip install 'moesim[real]'`).",
+        epilog="example: moesim real calibrate --model olmoe-1b-7b --out here.toml",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="NAME|FILE", help="model whose parts are computed"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="FILE", help="the profile to write, *.toml"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what to measure [cpu]"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=7, metavar="N", help="of each measurement [7]"
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=128, metavar="N", help="most tokens at once [128]"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="what the banks may take, e.g. 8GB [what is free]"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the made-up weights [0]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=calibrate)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Measure, write, print; 0."""
+    from moesim.capacity import parse_bytes
+    from moesim.cli.progress import requests_progress
+    from moesim.profile import load_model
+    from moesim.real.calibrate import Calibration
+    from moesim.real.calibrate import calibrate as measure
+
+    request = Calibration(
+        model=load_model(args.model),
+        out=args.out,
+        device=args.device,
+        repeats=args.repeats,
+        tokens=args.tokens,
+        threads=args.threads or 0,
+        ram_bytes=None if args.ram is None else parse_bytes(args.ram, "--ram"),
+        seed=args.seed,
+    )
+    with requests_progress("calibrate", "rounds") as progress:
+        answer = measure(request, progress)
+    if args.json:
+        print(json.dumps(answer))
+    else:
+        _print_calibrated(answer)
+    return 0
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +155,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--initial",
         metavar="STATE",
-        help="cold, static (loads charged), or a JSON file of expert ids (free) [by policy]",
+        help="cold; static, the most used, or policy, what it asks for (loads charged); or a JSON "
+        "file of expert ids (free) [by policy]",
     )
 
 
@@ -234,3 +299,31 @@ def _print_beside(run: dict[str, Any]) -> None:
         f"measured on this machine{tpot}; misses {told['misses']} simulated, {run['misses']} real"
         + ("" if alike is None else f"; {alike:.1%} of the loads of an event are the same")
     )
+
+
+def _print_calibrated(answer: dict[str, Any]) -> None:
+    """The readings that a run of one token rests on, with their spread."""
+    from moesim.cli.table import print_table
+
+    largest = max(row["size"] for row in answer["readings"] if row["what"] == "link")
+    shown = [
+        row
+        for row in answer["readings"]
+        if row["size"] == (largest if row["what"] == "link" else 1) and row["context"] == 0
+    ]
+    named = [{"what": name, "how": "", **row} for name, row in answer["overheads"].items()]
+    print_table(
+        ("measured", "beside", "median", "quartiles"),
+        [(row["what"], row["how"], *_spread(row)) for row in (*shown, *named)],
+    )
+    print(
+        f"transfers of {largest} bytes, one token; {answer['profile']['name']} is in "
+        f"{answer['path']}, all readings in {answer['readings_path']}"
+    )
+
+
+def _spread(row: dict[str, Any]) -> tuple[str, str]:
+    if row["what"].endswith("_per_s"):
+        return f"{row['median']:.3g} /s", f"{row['q1']:.3g} to {row['q3']:.3g}"
+    median, q1, q3 = (row[key] / 1e6 for key in ("median", "q1", "q3"))
+    return f"{median:.3f} ms", f"{q1:.3f} to {q3:.3f}"

@@ -1,0 +1,241 @@
+"""``moesim real generate``: text from a model whose experts are offloaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from moesim.cli.options import hardware, initial, path, positive, seed, words
+from moesim.errors import NotRunError, UsageError
+
+if TYPE_CHECKING:
+    from moesim.real.offload_generate import Prompted
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_EXAMPLES = """examples:
+  moesim real generate --model demo --policy next-gate --capacity 10% --prompts "def main():"
+  moesim real generate --model demo --prompts builtin --limit 8 --batch 4 \\
+    --trace-out run.parquet --out runs/
+"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the ``generate`` command to those of ``real``."""
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with a HuggingFace model, its experts offloaded",
+        description="Load a Mixture-of-Experts model of transformers with its experts in host "
+        "memory, generate, and print the text and what it took. The model's own gates route; with "
+        "a lossless policy the text is that of the model as it is. Needs torch and transformers "
+        "(`pip install 'moesim[real]'`).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_text(parser)
+    _add_policy(parser)
+    _add_machine(parser)
+    _add_output(parser)
+    parser.set_defaults(func=run)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--model", required=True, metavar="ID|PATH", help="hub id, folder, or a shipped model: demo"
+    )
+    group.add_argument(
+        "--prompts",
+        default="builtin",
+        metavar="FILE|TEXT",
+        help="a .txt, .jsonl, .json, .toml or .parquet file, one prompt as text, or builtin",
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="at most so many [64]"
+    )
+    group.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once [1]")
+    group.add_argument("--tokenizer", metavar="ID|PATH", help="if the model has none of its own")
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("policy")
+    group.add_argument("--policy", default="lru", metavar="NAME", help="one policy [lru]")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SEAT=NAME",
+        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
+    )
+    group.add_argument(
+        "--capacity",
+        default="25%",
+        metavar="SIZE",
+        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer [25%%]",
+    )
+    group.add_argument(
+        "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
+    )
+    group.add_argument(
+        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from"
+    )
+    group.add_argument(
+        "--initial",
+        metavar="STATE",
+        help="cold, static or policy (loads charged), or a JSON file of ids (free) [by policy]",
+    )
+    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"),
+        default="auto",
+        metavar="T",
+        help="fp32, bf16, fp16, or as the checkpoint [auto]",
+    )
+    group.add_argument(
+        "--bandwidth",
+        metavar="RATE",
+        help="let copies take at least the time of such a link, e.g. 4GB/s [as fast as they go]",
+    )
+    group.add_argument(
+        "--hardware",
+        default="rtx4090",
+        metavar="NAME|FILE",
+        help="profile of the link's chunks and latency [rtx4090]",
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
+    group.add_argument(
+        "--watchdog",
+        type=positive,
+        default=120,
+        metavar="SECONDS",
+        help="give up when a thread or the policy has been silent for so long [120]",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--trace-out", type=path, metavar="FILE", help="record the routing in a trace, *.parquet"
+    )
+    group.add_argument(
+        "--out", type=path, metavar="DIR", help="keep the run, with its fact log, in a folder there"
+    )
+    group.add_argument(
+        "--timeline", action="store_true", help="write timeline.json for Perfetto (needs --out)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print; 0."""
+    from moesim.cli.progress import requests_progress
+
+    try:
+        from moesim.real.offload_generate import generate, prepare
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moesim"):
+            raise
+        raise NotRunError(
+            f"not run: generating needs {error.name}, which is not installed; "
+            "`pip install 'moesim[real]'` installs it"
+        ) from None
+    prepare(args.threads)
+    asked = _asked(args)
+    with requests_progress("generate", "prompts") as progress:
+        answer = generate(asked, progress, None if args.json else _say)
+    if args.json:
+        print(json.dumps(answer))
+        return 0
+    _print(answer)
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> Prompted:
+    from moesim.real.offload_generate import Prompted
+    from moesim.real.offload_options import Options
+
+    if args.timeline and args.out is None:
+        raise UsageError("--timeline writes into the run's folder; give --out DIR too")
+    kind, experts = initial(args.initial)
+    options = Options(
+        policy=_one(args.policy, "--policy"),
+        capacity=_one(args.capacity, "--capacity"),
+        settings=tuple(args.set),
+        scope=args.scope,
+        hardware=hardware(args),
+        paced=args.bandwidth is not None,
+        calibration=args.calibration,
+        initial=kind,
+        initial_experts=experts,
+        seed=args.seed,
+        watchdog_s=float(args.watchdog),
+        timeline=args.timeline,
+        out=args.out,
+    )
+    return Prompted(
+        model=args.model,
+        prompts=args.prompts,
+        max_new_tokens=args.max_new_tokens,
+        batch=args.batch,
+        limit=args.limit,
+        device=args.device,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        trace_out=args.trace_out,
+        options=options,
+    )
+
+
+def _one(text: str, option: str) -> str:
+    named = words([text], "")
+    if len(named) > 1:
+        raise UsageError(f"{option} {text}: a real run has one; start one run for each")
+    return named[0]
+
+
+def _say(number: int, text: str) -> None:
+    print(f"--- {number}\n{text}")
+    sys.stdout.flush()
+
+
+def _print(answer: dict[str, Any]) -> None:
+    run = answer["runs"][0]
+    found = run["hits"] + run["late_hits"]
+    share = f"{found / run['accesses']:.1%}" if run["accesses"] else "none"
+    print(
+        f"---\n{run['policy']} at {run['capacity']} on {answer['device']}: "
+        f"{run['tokens_per_s'] or 0:.2f} tokens/s, {run['output_tokens']} tokens of "
+        f"{run['requests']} prompts"
+    )
+    ttft, tpot = run["ttft_ns"]["mean"], run["tpot_ns"]["mean"]
+    times = [f"TTFT {ttft / 1e6:.1f} ms"] if ttft is not None else []
+    times += [f"TPOT {tpot / 1e6:.1f} ms"] if tpot is not None else []
+    stall = f"stall {run['stall_ns'] / max(1, run['time_ns']):.1%} of the time"
+    print(", ".join([*times, stall]))
+    print(
+        f"experts: {run['hits']} hits, {run['late_hits']} late hits, {run['misses']} misses "
+        f"({share} were there or under way); {run['bytes_loaded'] / 1e6:.1f} MB loaded"
+    )
+    if run["quality"] is not None:
+        print(f"lossy: {_quality(run['quality'])}")
+    for what, where in (("trace", answer["trace_out"]), ("run", run["run_dir"])):
+        if where is not None:
+            print(f"{what}: {where}")
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    kept, agreed = quality["gate_mass_kept"], quality["agreement"]
+    parts = [] if kept is None else [f"{kept:.1%} of the gate mass kept"]
+    parts += [] if agreed is None else [f"{agreed:.1%} of the choices executed"]
+    return ", ".join(parts) or "nothing was chosen"

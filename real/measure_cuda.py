@@ -1,0 +1,295 @@
+"""Measure a CUDA device: copies by events on a stream of their own, compute on another.
+
+Expert and dense part are those of ``cpu.py``, in bf16 or fp32, and attention reads a cache of the
+context. What the deciding thread costs, and experts on the host, come from ``measure_cpu.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from moesim.errors import NotRunError, UsageError
+from moesim.profile import Memory, ModelProfile
+from moesim.real.cpu import mlp
+from moesim.real.measure import (
+    ALONE,
+    CHUNK_BYTES,
+    COMPUTING,
+    COPYING,
+    DENSE,
+    EXPERT,
+    HEAD,
+    HOST_EXPERT,
+    HOSTING,
+    LINK,
+    SYNC,
+    Point,
+    kinds_of,
+)
+from moesim.real.measure_cpu import CpuBench
+from moesim.real.measure_service import bench_model
+
+_CUDA: Any = torch.cuda
+_DEVICE = "cuda"
+
+BANK_BYTES = 1 << 29
+"""Experts to measure with: more than a device caches."""
+PINNED, PAGEABLE = "pinned", "pageable"
+HEAD_DIM = 128
+"""Of attention, where the model's configuration does not say."""
+
+
+class CudaBench:
+    """One CUDA device; see ``measure.Bench``."""
+
+    reads_context = True
+
+    def __init__(self, model: ModelProfile, *, threads: int, seed: int = 0) -> None:
+        if not _CUDA.is_available():
+            raise NotRunError(
+                "not run: --device cuda: torch finds no CUDA device here; "
+                "use --device cpu, or install torch for this machine's driver"
+            )
+        self._host_bench = CpuBench(model, threads=threads, seed=seed)
+        self._whole = model
+        self._kinds = kinds_of(model)
+        self.model = bench_model(model, self._kinds, BANK_BYTES)
+        self._registered: list[torch.Tensor] = []
+        self._rows: torch.Tensor
+        self._cache: torch.Tensor
+        self._turn = 0
+        try:
+            self._open(seed)
+        except _CUDA.OutOfMemoryError:
+            self.close()
+            raise UsageError(
+                f"--model {model.name}: what it takes to measure does not fit the device's memory;"
+                " end what else uses the device, or name a smaller model"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- for the calibration ---------------------------------------------------------------------
+
+    def measure(self, point: Point) -> float:
+        """One run of it, in ns."""
+        if point.what == HOST_EXPERT:
+            return self._host_bench.measure(point)
+        self._turn += 1
+        if point.what == LINK:
+            return self._link(point)
+        work = self._work(point)
+        with self._beside(point.how):
+            return self._timed(self._compute, work)
+
+    def overheads(self) -> Mapping[str, float]:
+        """Those of the threads, and the way of the routing from the device to the host."""
+        found = dict(self._host_bench.overheads())
+        start = time.perf_counter_ns()
+        with _CUDA.stream(self._compute):
+            self._routing.copy_(self._chosen, non_blocking=True)
+            routed = _CUDA.Event()
+            routed.record()
+        routed.synchronize()
+        found[SYNC] += time.perf_counter_ns() - start
+        return found
+
+    def rates(self) -> Mapping[str, float]:
+        """Those of the host."""
+        return self._host_bench.rates()
+
+    def memory(self) -> Memory:
+        """All of the device's; reserved is what a process, its kernels and others hold of it."""
+        free, total = _CUDA.mem_get_info()
+        return Memory(total, total - min(total - 1, free + self._held))
+
+    def workers(self) -> int:
+        """Cores that neither copy, compute nor decide, one at least."""
+        return max(1, (os.cpu_count() or 1) - 3)
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, the device, the processor."""
+        device = _CUDA.get_device_properties(0)
+        return {**self._host_bench.facts(), "device_name": device.name, "cuda": torch.version.cuda}
+
+    def manifest(self) -> dict[str, Any]:
+        """What was computed with."""
+        return {
+            "kind": "cuda",
+            "compute_dtype": str(self._type).removeprefix("torch."),
+            "pinned": bool(self._registered),
+            "context": "attention over a cache",
+        }
+
+    def close(self) -> None:
+        """Give everything back."""
+        with suppress(RuntimeError):
+            _CUDA.synchronize()
+        for block in self._registered:
+            _CUDA.cudart().cudaHostUnregister(block.data_ptr())
+        self._registered = []
+        self._host_bench.close()
+
+    # ---- transfers -------------------------------------------------------------------------------
+
+    @property
+    def hows(self) -> Mapping[str, tuple[str, ...]]:
+        """Pinned memory first, where it may be had."""
+        beside = (ALONE, COMPUTING, HOSTING)
+        memory = [PINNED, PAGEABLE] if self._registered else [PAGEABLE]
+        return {
+            LINK: tuple(f"{kind}, {how}" for kind in memory for how in beside),
+            DENSE: (ALONE,),
+            EXPERT: (ALONE, COPYING),
+            HOST_EXPERT: (ALONE,),
+            HEAD: (ALONE,),
+        }
+
+    def _link(self, point: Point) -> float:
+        kind, _, how = point.how.partition(", ")
+        source = self._pinned if kind == PINNED else self._pageable
+        with self._beside(how):
+            return self._timed(self._copying, lambda: self._copy(source, point.size))
+
+    def _copy(self, source: torch.Tensor, nbytes: int) -> None:
+        """Chunk after chunk, as a run would send them."""
+        first = self._turn * nbytes % max(1, len(source) - nbytes)
+        for begin in range(0, nbytes, CHUNK_BYTES):
+            end = min(nbytes, begin + CHUNK_BYTES)
+            part = source[first + begin : first + end]
+            self._landing[begin:end].copy_(part, non_blocking=True)
+
+    @contextmanager
+    def _beside(self, how: str) -> Iterator[None]:
+        """Something else goes on before and after what happens inside."""
+        if how == HOSTING:
+            with self._host_bench.hosting():
+                yield
+            return
+        if how == COMPUTING:
+            with _CUDA.stream(self._compute):
+                for _ in range(64):
+                    self._expert(0, 1)
+        elif how == COPYING:
+            with _CUDA.stream(self._copying):
+                for _ in range(4):
+                    self._copy(self._pinned, len(self._landing))
+        yield
+        _CUDA.synchronize()
+
+    # ---- compute ---------------------------------------------------------------------------------
+
+    def _work(self, point: Point) -> Callable[[], None]:
+        if point.what == EXPERT:
+            return lambda: self._expert(point.kind, point.size)
+        if point.what == HEAD:
+            return lambda: self._matrix(self._head, point.size)
+        return lambda: self._dense(point.kind, point.size, point.context)
+
+    def _expert(self, kind: int, tokens: int) -> None:
+        """A gated MLP over the bytes of one of the bank's experts."""
+        width = int(self.model.expert_bytes_table()[kind]) // self._type.itemsize
+        self._turn += 1
+        first = self._turn * width % max(1, len(self._bank) - width)
+        # A matrix begins where the kernels like it.
+        first -= first % 64
+        mlp(self._inputs(tokens), self._bank[first : first + width])
+
+    def _dense(self, kind: int, tokens: int, context: int) -> None:
+        numbers = int(self.model.dense_bytes_table()[kind]) // self._type.itemsize
+        first = self._turn * numbers % max(1, len(self._weights) - numbers)
+        first -= first % 64
+        self._matrix(self._weights[first : first + numbers], tokens)
+        window = int(self.model.kv_window_table()[kind])
+        read = min(context, window * tokens) if window else context
+        if read and self._heads:
+            self._attend(kind, tokens, read)
+
+    def _matrix(self, weights: torch.Tensor, tokens: int) -> None:
+        width = min(self.model.hidden, weights.numel())
+        rows = weights.numel() // max(1, width)
+        if rows:
+            functional.linear(
+                self._inputs(tokens)[:, :width], weights[: rows * width].view(rows, width)
+            )
+
+    def _attend(self, kind: int, tokens: int, context: int) -> None:
+        """All tokens read the whole cache."""
+        heads, size = self._heads, self._head_dim
+        nbytes = int(self.model.kv_bytes_table()[kind])
+        shared = max(1, min(heads, nbytes // (2 * size * self._type.itemsize)))
+        shared = max(n for n in range(1, shared + 1) if heads % n == 0)
+        need = 2 * shared * context * size
+        if len(self._cache) < need:
+            self._cache = torch.zeros(need, dtype=self._type, device=_DEVICE)
+        keys, values = self._cache[:need].view(2, 1, shared, context, size)
+        asked = self._inputs(tokens).new_zeros(1, heads, tokens, size)
+        functional.scaled_dot_product_attention(asked, keys, values, enable_gqa=shared != heads)
+
+    def _inputs(self, tokens: int) -> torch.Tensor:
+        if tokens > len(self._rows):
+            self._rows = torch.randn(tokens, self.model.hidden, device=_DEVICE).to(self._type)
+        return self._rows[:tokens]
+
+    def _timed(self, stream: Any, work: Callable[[], None]) -> float:
+        """ns between two events on a stream, launches and all."""
+        begin, end = (_CUDA.Event(enable_timing=True) for _ in range(2))
+        with torch.inference_mode(), _CUDA.stream(stream):
+            begin.record()
+            work()
+            end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e6
+
+    # ---- opening ---------------------------------------------------------------------------------
+
+    def _open(self, seed: int) -> None:
+        model, config = self.model, dict(self._whole.config)
+        self._type = torch.float32 if model.dtype in ("fp32", "float32") else torch.bfloat16
+        self._head_dim = int(config.get("head_dim", HEAD_DIM))
+        self._heads = int(config.get("num_attention_heads", 0)) or model.hidden // self._head_dim
+        self._compute, self._copying = _CUDA.Stream(), _CUDA.Stream()
+        largest = int(model.expert_bytes_table().max())
+        made = torch.Generator(_DEVICE).manual_seed(seed % (1 << 63))
+        bank = model.experts * int(model.expert_bytes_table().sum())
+        self._bank = self._random(bank, made)
+        dense = int(model.dense_bytes_table().max())
+        self._weights = self._random(dense * min(self._whole.layers, -(-BANK_BYTES // dense)), made)
+        self._head = self._random(model.head_bytes, made)
+        self._landing = torch.empty(largest, dtype=torch.uint8, device=_DEVICE)
+        self._rows = torch.empty(0, model.hidden, device=_DEVICE)
+        self._cache = torch.empty(0, dtype=self._type, device=_DEVICE)
+        self._held = sum(
+            t.numel() * t.element_size()
+            for t in (self._bank, self._weights, self._head, self._landing)
+        )
+        self._pageable = torch.zeros(2 * largest, dtype=torch.uint8)
+        self._pinned = self._pin(2 * largest)
+        # Experts and weights, as a router says them of one token.
+        self._routing = self._pin(16 * model.top_k)
+        self._chosen = torch.zeros(16 * model.top_k, dtype=torch.uint8, device=_DEVICE)
+        # All that was made on the default stream is there for the other two.
+        _CUDA.synchronize()
+
+    def _random(self, nbytes: int, made: torch.Generator) -> torch.Tensor:
+        count = nbytes // self._type.itemsize
+        return torch.empty(count, dtype=self._type, device=_DEVICE).normal_(
+            0, 1 / 64, generator=made
+        )
+
+    def _pin(self, nbytes: int) -> torch.Tensor:
+        """Exactly so many pinned bytes (torch's own allocator rounds up to powers of two); where
+        the system refuses, pageable ones, and ``manifest`` says so."""
+        block = torch.zeros(nbytes, dtype=torch.uint8)
+        refused = _CUDA.cudart().cudaHostRegister(block.data_ptr(), nbytes, 0)
+        if int(refused) == 0:
+            self._registered.append(block)
+        return block
