@@ -6,6 +6,7 @@ slots are in the GPU's memory, and copies run on a stream of their own.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -76,6 +77,9 @@ class HostBank:
         if int(code):
             self.pinned = False
             self.why_not = f"pinning {region.nbytes} bytes was refused ({code})"
+        else:
+            # The callback holds the region, so that it is let go before it is freed.
+            weakref.finalize(self, _unpin, region)
 
 
 class Mover(Protocol):
@@ -200,6 +204,7 @@ class SlotBank:
             "experts": sum(self.host.counts),
             "host_bytes": self.host.nbytes,
             "pinned": self.host.pinned,
+            "why_pageable": self.host.why_not,
             "slots": {str(size): count for size, count in self.counts.items()},
             "compute": "the model's own",
         }
@@ -236,6 +241,10 @@ class SlotBank:
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
         return usable_bytes()
+
+
+def _unpin(region: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(region.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def refuse_short_ram(nbytes: int) -> None:

@@ -264,10 +264,12 @@ class Run:
         self.bank.on_host = self._on_host
         self._thread = threading.Thread(target=self._serve, name="moesim server", daemon=True)
         self._thread.start()
-        weakref.finalize(owner, self.lanes.knock, None).atexit = False
+        self._farewell = weakref.finalize(owner, self.lanes.knock, None)
+        self._farewell.atexit = False
 
     def finish(self, trace: Path | None) -> dict[str, Any]:
         """End the run; its summary, with the folder that keeps it."""
+        self._farewell.detach()
         self.lanes.knock(None)
         self._thread.join()
         try:
@@ -283,6 +285,7 @@ class Run:
 
     def abandon(self) -> None:
         """End the run at once."""
+        self._farewell.detach()
         self.lanes.abandon()
         self._thread.join(_JOIN_S)
         self._drop()

@@ -337,6 +337,11 @@ class FakeCudart:
         self.asked.append(nbytes)
         return self.code
 
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        """Remember that it was let go."""
+        self.asked.pop()
+        return 0
+
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_exact_regions_are_pinned_or_it_is_said(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +354,8 @@ def test_exact_regions_are_pinned_or_it_is_said(code: int, monkeypatch: pytest.M
     bank.add_layer()
     assert fake.asked == [bank.parcels[0].stride * 16] * (1 if code else 2)
     assert bank.pinned is (code == 0) and bool(bank.why_not) is (code != 0)
+    del bank
+    assert len(fake.asked) == (1 if code else 0)
 
 
 # ---- requests ------------------------------------------------------------------------------------

@@ -227,6 +227,8 @@ def _print(answer: dict[str, Any]) -> None:
         f"experts: {run['hits']} hits, {run['late_hits']} late hits, {run['misses']} misses "
         f"({share} were there or under way); {run['bytes_loaded'] / 1e6:.1f} MB loaded"
     )
+    if run["device"]["why_pageable"]:
+        print(f"host memory is pageable, so copies are slower: {run['device']['why_pageable']}")
     if run["quality"] is not None:
         print(f"lossy: {_quality(run['quality'])}")
     for what, where in (("trace", answer["trace_out"]), ("run", run["run_dir"])):
