@@ -17,14 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from moesim.errors import TraceError, UsageError
-from moesim.policies import map_store
 from moesim.policies.forecast import ForecastSeat, Foresight
-from moesim.policies.map_store import BYTES, ENTRIES, OPS, Bank, Choice, Store, Trails
 from moesim.protocol import World, check_distance
 from moesim.types import (
     DROPPED,
@@ -42,6 +40,9 @@ from moesim.types import (
     RequestEnd,
     Slot,
 )
+
+if TYPE_CHECKING:
+    from moesim.policies.map_store import Bank, Choice, Store, Trails
 
 CHOICES = {
     "prefill": ("mean", "last", "every"),
@@ -120,8 +121,14 @@ class MapSearch(ForecastSeat):
 
     def begin(self, world: World) -> None:
         """An empty store, then the past."""
-        self._bank = Bank(map_store.make_store(world.layers, world.experts, self.capacity))
-        self._senses = Bank(map_store.make_store(1, 1, self.capacity, self._bank.store))
+        # Only who searches waits for the compiler: names and parameters are known without it.
+        from moesim.policies import map_store
+
+        self._maps: Any = map_store
+        store = map_store.make_store(world.layers, world.experts, self.capacity)
+        self._bank: Bank = map_store.Bank(store)
+        senses = map_store.make_store(1, 1, self.capacity, store)
+        self._senses: Bank = map_store.Bank(senses)
         self._choice = map_store.make_choice(world.experts)
         map_store.load_all(self._bank.store, self._bank.trails, self._choice)
         self._open: dict[int, _Open] = {}
@@ -133,7 +140,7 @@ class MapSearch(ForecastSeat):
     @property
     def entries(self) -> int:
         """Maps in the store."""
-        return int(self._bank.store.size[ENTRIES])
+        return int(self._bank.store.size[self._maps.ENTRIES])
 
     @property
     def parts(self) -> tuple[Store, Trails, Choice]:
@@ -203,11 +210,12 @@ class MapSearch(ForecastSeat):
                 )
             self._resize(len(embedding))
         begun.sense = self._senses.take()
-        self._senses.trails.rows[begun.sense, 0] = map_store.fitted(embedding)
+        self._senses.trails.rows[begun.sense, 0] = self._maps.fitted(embedding)
 
     def _resize(self, numbers: int) -> None:
         """The first embedding tells how long they are."""
-        self._senses = Bank(map_store.make_store(1, numbers, self.capacity, self._bank.store))
+        store = self._maps.make_store(1, numbers, self.capacity, self._bank.store)
+        self._senses = self._maps.Bank(store)
         for other in self._open.values():
             other.sense = -1
         self._begun = []
@@ -218,7 +226,7 @@ class MapSearch(ForecastSeat):
         """Semantic search for ``asked``, and what was found for all of ``guided``."""
         senses, trails = self._senses.store, self._senses.trails
         for begun in asked:
-            map_store.recall(senses, trails, begun.sense)
+            self._maps.recall(senses, trails, begun.sense)
         ids = [begun.sense for begun in guided]
         return [f for la in layers if (f := self._forecast(self._senses, ids, la)) is not None]
 
@@ -282,17 +290,17 @@ class MapSearch(ForecastSeat):
         if count > len(self._values):
             self._values = np.zeros((2 * count, self.world.experts), np.int32)
         self._values[:count] = values
-        map_store.add(self._bank.trails, trail, layer, self._values, 0, count, whole)
+        self._maps.add(self._bank.trails, trail, layer, self._values, 0, count, whole)
 
     def _observe(self, ids: list[int], source: LayerEvent) -> None:
         store, trails = self._bank.store, self._bank.trails
-        map_store.observe(
+        self._maps.observe(
             store, trails, np.array(ids, np.int64), len(ids), source.layer, source.step
         )
 
     def _searched(self, ids: list[int], layer: int, target: int) -> list[Forecast]:
         which = np.array(ids, np.int64)
-        map_store.search(self._bank.store, self._bank.trails, which, len(ids), layer)
+        self._maps.search(self._bank.store, self._bank.trails, which, len(ids), layer)
         last = target + 1 if self.targets == "one" else self.world.layers
         forecasts = (self._forecast(self._bank, ids, la) for la in range(target, last))
         return [forecast for forecast in forecasts if forecast is not None]
@@ -313,7 +321,7 @@ class MapSearch(ForecastSeat):
         """What the maps that were found expect of a layer; None if their passes did not run it."""
         which = np.array(ids if self.merge == "union" else ids[-1:], np.int64)
         choice = self._choice
-        count = map_store.predict(
+        count = self._maps.predict(
             self._bank.store,
             found.trails,
             which,
@@ -335,7 +343,7 @@ class MapSearch(ForecastSeat):
         if not (serving and self.frozen):
             senses = self._senses
             for trail in ended.trails:
-                map_store.insert(
+                self._maps.insert(
                     self._bank.store,
                     self._bank.trails,
                     trail,
@@ -369,7 +377,7 @@ class MapSearch(ForecastSeat):
     def _work(self) -> tuple[int, int]:
         """Operations and bytes so far."""
         work: IntArray = self._bank.store.work
-        return int(work[OPS]), int(work[BYTES])
+        return int(work[self._maps.OPS]), int(work[self._maps.BYTES])
 
     def _told(self, forecasts: list[Forecast], kept: tuple[int, int] = (0, 0)) -> Foresight | None:
         """With all the work that was done. ``kept``: that which later searches build upon."""

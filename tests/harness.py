@@ -72,8 +72,11 @@ def future_of(case: Case) -> KnownFuture:
 
 
 def past_of(case: Case, inputs: Inputs) -> Past:
-    """A request that is none of the case's, whatever they are."""
+    """Its past, or else a request that is none of the case's, whatever they are."""
     meta = case.meta
+    if case.past:
+        before = replace(case, requests=case.past)
+        return lambda: past_facts(works_of(before, inputs, arrivals=False), meta.experts)
     layers = range(meta.stack_ranges()[-1][1], meta.layers)
     ways = choices(meta.experts, meta.top_k)
     passes = [[(la, [ways[(5 * la + 3 * step) % len(ways)]]) for la in layers] for step in range(3)]

@@ -75,6 +75,8 @@ class Case:
     initial: str = ""
     charged: bool = True
     seed: int = 0
+    past: tuple[RequestRows, ...] = ()
+    """What policies may learn from; empty: some request that is none of these."""
 
     @property
     def model(self) -> ModelProfile:

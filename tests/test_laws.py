@@ -154,7 +154,7 @@ def mixed_case(rng: np.random.Generator) -> Case:
         passes = [prompt, *([(la, [pick()]) for la in range(layers)] for _ in range(3))]
         rows = sum(len(tokens) for blocks in passes for _, tokens in blocks)
         ahead = [pick() for _ in range(rows)]
-        requests.append(rows_of(number, passes, prefill=True, ahead=ahead))
+        requests.append(rows_of(number, passes, prefill=True, ahead=ahead, wide=experts))
     base = decode_case([[[0, 1]] * layers], experts, 1)
     return replace(
         base,
@@ -354,6 +354,9 @@ def _poisoned(case: Case, cut: int) -> Case:
 @settings(max_examples=60)
 @given(case=cases(), spec=specs(), k=st.sampled_from([2, 3, 10]))
 def test_all_times_k_fold_is_the_result_k_fold(case: Case, spec: Spec, k: int) -> None:
+    # A rate in operations a second is exact for some k alone: here policies think in no time.
+    host = replace(case.hardware.host, policy_ops_per_s=np.inf, policy_bytes_per_s=np.inf)
+    case = replace(case, hardware=replace(case.hardware, host=host))
     slow = _slower(case, k)
     quick_run, slow_run = run(case, spec[0], *spec[1]), run(slow, spec[0], *spec[1])
     assert _untimed(quick_run.records) == _untimed(slow_run.records)
@@ -406,6 +409,9 @@ def test_order_preserving_relabelling_changes_nothing(
     made = spec_of(spec[0], *spec[1]).build()
     seats = {seat.name for seat in made.seats}  # type: ignore[attr-defined]
     if seats & {"random", "whole-layer", "hot-set"} or case.initial:
+        return
+    if made.needs & (Needs.GATE | Needs.NORMS | Needs.PAST):
+        # Gates have a number for every expert, the unused ones too.
         return
     old = case.meta.experts
     new = old + data.draw(st.integers(1, 3))

@@ -45,6 +45,7 @@ def toy(
         tuple(rows),
         machine(bytes_per_s=1e9 / load_ns, dense_ns=dense_ns),
         (slots,),
+        past=tuple(rows[:1]),
     )
 
 

@@ -18,33 +18,32 @@ from moesim.policies.forecast import ForecastSeat, Foresight
 from moesim.types import AnyArray, Gate, IntArray, Phase, Status
 from moesim.workload import Passes, Step, begin_facts, end_facts, layer_events
 
-NONE = np.zeros(0, np.int64)
+BYTES_BITS = 32
+"""Of a number that holds operations above bytes."""
 
 
 @dataclass(slots=True)
 class Sights:
     """Records, one behind the other, and where they are.
 
-    places : where each record begins. events : by layer event, where its record begins, or -1.
-    owed_ops : by layer event, the work on its critical path. begins, ends : by step, where the
-    first record begins, and how many there are.
+    events : by layer event, where its record begins, or -1. owed_ops : by layer event, the work on
+    its critical path. begins, ends : by step, where the first record begins, and how many there
+    are.
     """
 
     records: list[IntArray] = field(default_factory=list)
     length: int = 0
-    places: list[IntArray] = field(default_factory=list)
     events: list[IntArray] = field(default_factory=list)
     owed_ops: list[IntArray] = field(default_factory=list)
     begins: list[tuple[int, int]] = field(default_factory=list)
     ends: list[tuple[int, int]] = field(default_factory=list)
 
-    def put(self, records: IntArray, places: IntArray) -> IntArray:
-        """Append records that begin at some places of them, -1 for none; where they begin now."""
-        here = np.where(places < 0, -1, places + self.length)
+    def put(self, records: IntArray) -> int:
+        """Append records; where the first begins."""
+        at = self.length
         self.records.append(records)
-        self.places.append(here[places >= 0])
         self.length += len(records)
-        return here
+        return at
 
 
 class Foreseer:
@@ -56,7 +55,7 @@ class Foreseer:
         self._event = -1
         self._owed_ops = 0
         self._walk = MapWalk(seat) if MapWalk.suits(seat) else None
-        self._prices: dict[tuple[int, int], int] = {(0, 0): 0}
+        self._prices: dict[int, int] = {}
 
     def look(self, items: Sequence[Passes | Step], events: IntArray, table: IntArray) -> IntArray:
         """The records of a block, and last the length of the longest; fills in where its layer
@@ -73,19 +72,24 @@ class Foreseer:
         events[:, E.OWED_NS] = self._priced(owed, np.zeros_like(owed))
         table[:, [T.SIGHT, T.SIGHTS]] = sights.begins
         table[:, [T.END_SIGHT, T.END_SIGHTS]] = sights.ends
-        fore = np.concatenate([*sights.records, NONE])
-        places = np.concatenate([*sights.places, NONE])
+        fore = np.concatenate([*sights.records, np.zeros(1, np.int64)])
+        places = _places(sights, events[:, E.SIGHT], fore)
         fore[places + G.NS] = self._priced(fore[places + G.OPS], fore[places + G.BYTES])
-        longest = int(fore[places + G.LENGTH].max(initial=0))
-        return np.append(fore, longest)
+        fore[-1] = fore[places + G.LENGTH].max(initial=0)
+        return fore
 
     def _priced(self, ops: IntArray, nbytes: IntArray) -> IntArray:
         """What so much work takes on a host worker, in ns."""
+        if len(ops) and (nbytes.max() >> BYTES_BITS or ops.max() >> 63 - BYTES_BITS):
+            pairs = zip(ops.tolist(), nbytes.tolist(), strict=True)
+            return np.array([self._costs.job_ns(*pair) for pair in pairs], np.int64)
+        packed, which = np.unique(ops << BYTES_BITS | nbytes, return_inverse=True)
         known = self._prices
-        pairs = list(zip(ops.tolist(), nbytes.tolist(), strict=True))
-        for pair in set(pairs) - known.keys():
-            known[pair] = self._costs.job_ns(*pair)
-        return np.array([known[pair] for pair in pairs], np.int64)
+        for kind in packed.tolist():
+            if kind not in known:
+                known[kind] = self._costs.job_ns(kind >> BYTES_BITS, kind & (1 << BYTES_BITS) - 1)
+        priced: IntArray = np.array([known[kind] for kind in packed.tolist()], np.int64)[which]
+        return priced
 
     # ---- fact by fact ----------------------------------------------------------------------------
 
@@ -98,7 +102,7 @@ class Foreseer:
             status = np.full(len(demand.experts), Status.MISS, np.uint8)
             gate = Gate(item.event, demand.experts, demand.tokens, status, demand.phases)
             seat.hear(gate)
-            sights.events.append(self._add(seat.foresee(gate), Phase.DECODE, sights))
+            sights.events.append(np.array([self._add(seat.foresee(gate), Phase.DECODE, sights)]))
             sights.owed_ops.append(np.array([self._owed_ops]))
             self._owed_ops = 0
         self._end(step, sights)
@@ -107,23 +111,23 @@ class Foreseer:
         at, count = sights.length, 0
         for begin, phase in begin_facts(step):
             self._seat.hear(begin)
-            count += int((self._add(self._seat.foresee(begin), phase, sights) >= 0).sum())
+            count += self._add(self._seat.foresee(begin), phase, sights) >= 0
         sights.begins.append((at, count))
 
     def _end(self, step: Step, sights: Sights) -> None:
         at, count = sights.length, 0
         for end in end_facts(step):
             self._seat.hear(end)
-            count += int((self._add(self._seat.foresee(end), Phase.DECODE, sights) >= 0).sum())
+            count += self._add(self._seat.foresee(end), Phase.DECODE, sights) >= 0
         sights.ends.append((at, count))
 
-    def _add(self, foresight: Foresight | None, phase: Phase, sights: Sights) -> IntArray:
-        """Where the record of what a fact foresees begins, int64 [1]; -1 if it foresees nothing."""
+    def _add(self, foresight: Foresight | None, phase: Phase, sights: Sights) -> int:
+        """Where the record of what a fact foresees begins; -1 if it foresees nothing."""
         if foresight is None:
-            return np.array([-1])
+            return -1
         if not self._seat.background:
             self._owed_ops += foresight.ops
-        return sights.put(self._record(foresight, phase), np.zeros(1, np.int64))
+        return sights.put(self._record(foresight, phase))
 
     def _record(self, foresight: Foresight, phase: Phase) -> IntArray:
         parts: list[AnyArray] = [np.zeros(len(G), np.int64)]
@@ -157,8 +161,9 @@ class Foreseer:
             records, places = self._walk.walk(
                 work.rows.request, step.number, values, rows - rows[0], layers[low:high]
             )
-            sights.events.append(sights.put(records, places))
             sights.owed_ops.append(self._owes(records, places))
+            places[places >= 0] += sights.put(records)
+            sights.events.append(places)
             self._event += high - low
             self._end(step, sights)
 
@@ -190,3 +195,13 @@ def _is_even(passes: Passes) -> bool:
     tokens = np.diff(work.blocks[low : high + 1])
     of_pass = np.diff(work.passes[passes.first : passes.last + 1])
     return bool((tokens == np.repeat(work.pass_tokens[passes.first : passes.last], of_pass)).all())
+
+
+def _places(sights: Sights, of_events: IntArray, fore: IntArray) -> IntArray:
+    """Where all records begin."""
+    between: list[int] = []
+    for first, count in (*sights.begins, *sights.ends):
+        for _ in range(count):
+            between.append(first)
+            first += int(fore[first + G.LENGTH])
+    return np.concatenate([of_events[of_events >= 0], np.array(between, np.int64)])
