@@ -337,9 +337,9 @@ def _laws_table(report: Mapping[str, Any]) -> str:
     text = "## Laws\n\n" + _markdown(["", "found", "bound", "holds"], rows)
     if report["shape"]["family"] == "switch":
         text += (
-            "\nAs the class draws them, Switch routers are sure of themselves before they learned"
-            " anything. Training\nevens them out first, so the entropy is above the untrained"
-            " model's though the routing is learned.\n"
+            "\nAs the class draws them, untrained Switch routers are sure of one expert for every"
+            " token; these began\nwith routers of a fiftieth of that size, and the untrained model is"
+            " that one.\n"
         )
     return text
 
