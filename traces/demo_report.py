@@ -338,8 +338,8 @@ def _laws_table(report: Mapping[str, Any]) -> str:
     if report["shape"]["family"] == "switch":
         text += (
             "\nAs the class draws them, untrained Switch routers are sure of one expert for every"
-            " token; these began\nwith routers of a fiftieth of that size, and the untrained model is"
-            " that one.\n"
+            " token; these began\n"
+            "with routers of a fiftieth of that size, and the untrained model is that one.\n"
         )
     return text
 
