@@ -558,7 +558,11 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     folder.mkdir()
     command = [sys.executable, "-c", ENDLESS, str(source), str(folder / "t")]
     running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent
+        command,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parent.parent,
+        # Where tests run in the background, Ctrl-C may be ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 60
