@@ -36,9 +36,9 @@ observed, the square of their norm, the version of the store that the products a
 the nearest entry."""
 
 EMBEDDING_BITS = 13
-BLOCK = 16
-"""Columns whose products fit 32 bits together: 16 of embeddings (2**13 * 2**13 each), and any
-number of a gate's, whose probabilities sum to one."""
+EMBEDDED = 16
+"""Columns of embeddings whose products fit 32 bits together (2**13 * 2**13 each); of a gate's,
+whose probabilities sum to one, any number does."""
 
 
 class Store(NamedTuple):
@@ -57,6 +57,8 @@ class Store(NamedTuple):
     """int64 [2]: entries, version (number of inserts)."""
     work: A
     """int64 [2]: what was done since it was last read."""
+    block: A
+    """int64 [1]: columns whose products fit 32 bits together."""
     part: A
     """int32 [C], scratch."""
     columns: A
@@ -77,7 +79,8 @@ class Trails(NamedTuple):
     totals: A
     """int64 [S, layers]: what makes a sum the probability 1."""
     dots: A
-    """int64 [S, C]: products with each entry, over the observed layers of this pass."""
+    """float64 [S, C]: products with each entry, over the observed layers of this pass; integers,
+    exact below 2**53."""
     state: A
     """int64 [S, 6]: see ``STEP``."""
     score: A
@@ -107,6 +110,7 @@ def make_store(layers: int, experts: int, capacity: int, like: Store | None = No
         written=np.zeros(capacity, np.int64) if like is None else like.written,
         size=np.zeros(2, np.int64) if like is None else like.size,
         work=np.zeros(2, np.int64) if like is None else like.work,
+        block=np.array([experts if like is None else EMBEDDED]),
         part=np.zeros(capacity, np.int32),
         columns=np.zeros(experts, np.int64),
         near=near,
@@ -121,7 +125,7 @@ def make_trails(number: int, store: Store) -> Trails:
         rows=np.zeros((number, layers, experts), np.int16),
         sums=np.zeros((number, layers, experts), np.int64),
         totals=np.zeros((number, layers), np.int64),
-        dots=np.zeros((number, capacity), np.int64),
+        dots=np.zeros((number, capacity), np.float64),
         state=np.zeros((number, 6), np.int64),
         score=np.zeros(number, np.float64),
     )
@@ -198,13 +202,16 @@ def _multiply(store: Store, trails: Trails, s: int, layer: int) -> None:
         if trails.rows[s, layer, e] != 0:
             store.columns[n] = e
             n += 1
-    for block in range(0, n, BLOCK):
+    part, dots = store.part, trails.dots[s]
+    wide = store.block[0]
+    for block in range(0, n, wide):
         for c in range(entries):
-            store.part[c] = 0
-        for i in range(block, min(block + BLOCK, n), 4):
-            _add_four(store, trails, s, layer, i, n)
+            part[c] = 0
+        end = min(block + wide, n)
+        for i in range(block, end, 4):
+            _add_four(store, trails, s, layer, i, end)
         for c in range(entries):
-            trails.dots[s, c] += store.part[c]
+            dots[c] += part[c]
     store.work[OPS] += n * entries
     store.work[BYTES] += (2 * n + 16) * entries
 
@@ -278,12 +285,6 @@ def _whole(store: Store, trails: Trails, s: int) -> None:
 
 
 @kernel
-def _near(store: Store, trails: Trails, s: int, layer: int, c: int) -> Any:
-    """The cosine with an entry, times the trail's own norm."""
-    return trails.dots[s, c] * store.inverse[layer, c]
-
-
-@kernel
 def _largest(store: Store, entries: int) -> int:
     """The place of the largest of ``near``, the first of equals.
 
@@ -309,22 +310,14 @@ def _largest(store: Store, entries: int) -> int:
 def _find(store: Store, trails: Trails, s: int, layer: int) -> None:
     """The entry of the largest cosine over the layers up to this one; ties to the lowest."""
     entries = store.size[ENTRIES]
-    top, found = -np.inf, 0
-    whole = entries // 4 * 4
-    # Four entries share one test, which seldom holds: that is four times as quick as one each.
-    for c in range(0, whole, 4):
-        near = max(_near(store, trails, s, layer, c), _near(store, trails, s, layer, c + 1))
-        more = max(_near(store, trails, s, layer, c + 2), _near(store, trails, s, layer, c + 3))
-        if max(near, more) > top:
-            for i in range(c, c + 4):
-                if _near(store, trails, s, layer, i) > top:
-                    top, found = _near(store, trails, s, layer, i), i
-    for i in range(whole, entries):
-        if _near(store, trails, s, layer, i) > top:
-            top, found = _near(store, trails, s, layer, i), i
+    # Arrays by names of their own: a loop that must look them up again is not made quick.
+    near, dots, inverse = store.near, trails.dots[s], store.inverse[layer]
+    for c in range(entries):
+        near[c] = dots[c] * inverse[c]
+    found = _largest(store, entries)
     square = trails.state[s, SQUARE]
     trails.state[s, FOUND] = found
-    trails.score[s] = top / math.sqrt(square) if square > 0 else 0.0
+    trails.score[s] = store.near[found] / math.sqrt(square) if square > 0 else 0.0
     store.work[OPS] += entries
     store.work[BYTES] += 16 * entries
 

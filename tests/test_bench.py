@@ -180,6 +180,18 @@ def test_scale(bench: Callable[..., dict[str, Any]]) -> None:
     assert set(most.values()) == {2.5}
 
 
+def test_maps(bench: Callable[..., dict[str, Any]]) -> None:
+    answer = bench("maps", "--trace", str(trace_path("demo")), "--limit", "2")
+    assert [case.partition(",")[0] for case in cases(answer)] == [
+        "trajectory search and p * freq",
+        "search",
+        "search",
+    ]
+    whole, full, sparse = answer["figures"]
+    assert whole["facts"]["gates"] == "recorded" and whole["facts"]["jobs"] > 0
+    assert [f["promise"]["at_most"] for f in (full, sparse)] == [1.5, 0.5]
+
+
 def test_start(bench: Callable[..., dict[str, Any]]) -> None:
     assert cases(bench("start")) == ["--help", "second replay of the sample"]
 

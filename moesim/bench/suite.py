@@ -12,6 +12,7 @@ from typing import Any
 from moesim.bench.counting import flat, lfu, lru
 from moesim.bench.engines import python, reference, scale
 from moesim.bench.figures import Figure
+from moesim.bench.maps import maps
 from moesim.bench.measure import machine, one_core
 from moesim.bench.processes import compile_all, memory, start
 from moesim.bench.record import record
@@ -45,6 +46,7 @@ BENCHMARKS = (
     Benchmark("start", start),
     Benchmark("compile", compile_all, quick=False),
     Benchmark("memory", memory, quick=False),
+    Benchmark("maps", maps, quick=False),
     Benchmark("record", record, quick=False),
 )
 
