@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numba
 import numpy as np
 
 from moesim.bench.feed import Case, run, spec_of
 from moesim.bench.figures import Beside, Figure, Promise, Samples
 from moesim.bench.measure import interleave
 from moesim.bench.workshop import Workshop
-from moesim.compiled import entry
 from moesim.degrade import Allowed
 from moesim.engine.setup import Options
 from moesim.policies import map_store
@@ -86,7 +86,7 @@ def _multiply(maps: AnyArray, rows: AnyArray, dots: IntArray) -> int:
     return int(dots[0])
 
 
-multiply: Any = entry(_multiply, allocates=True)
+multiply: Any = numba.njit(_multiply)
 
 
 def _searches(shop: Workshop) -> Iterator[Figure]:
@@ -181,4 +181,4 @@ def _sweep(store: Any, trails: Any, which: IntArray, step: int) -> None:
         search(store, trails, which, 1, layer)
 
 
-sweep: Any = entry(_sweep)
+sweep: Any = numba.njit(_sweep)
