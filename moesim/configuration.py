@@ -166,7 +166,7 @@ class Configuration:
     def setup(self, policy: Policy) -> Setup:
         """What a server of this configuration is given."""
         world = self.world()
-        initial, charged = self._initial(policy, world)
+        initial, charged = self._initial(world)
         return Setup(
             policy=policy,
             world=world,
@@ -322,7 +322,7 @@ class Configuration:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _initial(self, policy: Policy, world: World) -> tuple[list[ExpertId], bool]:
+    def _initial(self, world: World) -> tuple[list[ExpertId], bool]:
         kind = self.initial_kind
         if kind == "cold":
             return [], True
@@ -331,7 +331,8 @@ class Configuration:
         if kind == "all":
             return fitting(range(world.size), world, "slots"), False
         if kind == "policy":
-            return fitting(initially(policy, world), world, "slots"), True
+            # A host may have wrapped the policy; what it asks for depends on the world alone.
+            return fitting(initially(self.build(), world), world, "slots"), True
         ranked = np.argsort(-self.uses, kind="stable")
         used = [int(e) for e in ranked if self.uses[e]]
         return fitting(used, world, "slots"), True

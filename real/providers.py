@@ -16,10 +16,10 @@ import torch
 
 from moesim.errors import NotRunError, TraceError
 from moesim.real.errors import ExecutionError
+from moesim.traces.gate_taps import Seen
 from moesim.traces.gates import (
     GateLayer,
     Gates,
-    Place,
     Prober,
     find_blocks,
     find_gates,
@@ -80,7 +80,7 @@ class LiveGates:
         self.layers = gates.layers
         self._meta = meta
         self._calls = calls
-        self._seen = [_Seen() for _ in gates.layers]
+        self._seen = [Seen() for _ in gates.layers]
         self._readers = [reader(layer.form, layer.top_k) for layer in gates.layers]
         self._probers: dict[int, Prober] = {}
         self._handles: list[Any] = []
@@ -225,7 +225,7 @@ def find_live(model: Any, tokens: Sequence[int]) -> tuple[Gates, dict[int, Call]
             handle.remove()
 
 
-def _hooks(layer: GateLayer, seen: _Seen) -> Iterator[Any]:
+def _hooks(layer: GateLayer, seen: Seen) -> Iterator[Any]:
     def on_router(module: Any, args: Any, kwargs: Any, out: Any) -> None:
         x = first_tensor(args, kwargs)
         # A probe of this gate runs its child again: what the model's own call made is kept.
@@ -241,33 +241,6 @@ def _hooks(layer: GateLayer, seen: _Seen) -> Iterator[Any]:
     child = next((place.key for place in places if place.tap == "linear"), None)
     if child is not None:
         yield getattr(layer.router, str(child)).register_forward_hook(on_linear)
-
-
-class _Seen:
-    """What the calls of one layer carried last."""
-
-    __slots__ = ("arguments", "latest", "linear", "outputs", "rows", "x")
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.latest: Any = None
-        self.forget()
-
-    def forget(self) -> None:
-        """Let go of the tensors."""
-        self.outputs: Any = None
-        self.arguments: Mapping[int | str, Any] = {}
-        self.linear: Any = None
-        self.x: Any = None
-
-    def get(self, place: Place) -> Tensor:
-        """The tensor at a place."""
-        if place.tap == "experts":
-            return self.arguments[place.key]
-        if place.tap == "linear":
-            return self.linear
-        made = self.outputs
-        return made[int(place.key)] if isinstance(made, tuple | list) else made
 
 
 def true_probabilities(logits: AnyArray, score: str) -> AnyArray:

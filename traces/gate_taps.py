@@ -149,7 +149,7 @@ class _StackTaps:
     def _attach_layer(
         self, at: int, layer: GateLayer, closed: Callable[[str, dict[str, Tensor]], None]
     ) -> Iterator[Any]:
-        read, seen = reader(layer.form, layer.top_k), _Seen()
+        read, seen = reader(layer.form, layer.top_k), Seen()
         wanted, places = self._wanted, [layer.ids, layer.weights]
         if wanted.logits and layer.logits is not None:
             places.append(layer.logits)
@@ -227,10 +227,10 @@ class _StackTaps:
         return values.half()
 
 
-class _Seen:
-    """What the calls of one layer carried last."""
+class Seen:
+    """What the calls of one layer carried last; ``x``, its input, where somebody keeps it."""
 
-    __slots__ = ("arguments", "latest", "linear", "outputs", "rows")
+    __slots__ = ("arguments", "latest", "linear", "outputs", "rows", "x")
 
     def __init__(self) -> None:
         self.rows = 0
@@ -240,8 +240,9 @@ class _Seen:
     def forget(self) -> None:
         """Let go of the tensors."""
         self.outputs: Any = None
-        self.arguments: dict[int | str, Any] = {}
+        self.arguments: Mapping[int | str, Any] = {}
         self.linear: Any = None
+        self.x: Any = None
 
     def get(self, place: Place) -> Tensor:
         """Return the tensor at a place."""

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import hardware, initial, path, positive, seed, words
+from moesim.cli.options import add_one_policy, hardware, initial, path, positive, seed, words
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:
@@ -63,22 +63,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
     group.add_argument("--policy", default="lru", metavar="NAME", help="one policy [lru]")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SEAT=NAME",
-        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
-    )
-    group.add_argument(
-        "--capacity",
-        default="25%",
-        metavar="SIZE",
-        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer [25%%]",
-    )
-    group.add_argument(
-        "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
-    )
+    add_one_policy(group)
     group.add_argument(
         "--calibration", type=path, metavar="TRACE", help="trace that policies learn from"
     )

@@ -54,6 +54,26 @@ def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
     return "file", tuple(experts)
 
 
+def add_one_policy(group: argparse._ArgumentGroup) -> None:
+    """What a run of one policy is told beside its name."""
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SEAT=NAME",
+        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
+    )
+    group.add_argument(
+        "--capacity",
+        default="25%",
+        metavar="SIZE",
+        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer [25%%]",
+    )
+    group.add_argument(
+        "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
+    )
+
+
 def refuse_beside_plan(args: argparse.Namespace) -> None:
     """UsageError if what a plan decides is given as well."""
     for name in ("policy", "capacity", "initial"):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli import generate
-from moesim.cli.options import hardware, initial, path, positive, seed, words
+from moesim.cli.options import add_one_policy, hardware, initial, path, positive, seed, words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,22 +115,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
     group.add_argument("--trace", required=True, help="a trace file, or the shipped sample `demo`")
     group.add_argument("--policy", default="lru", metavar="NAME", help="one lossless policy [lru]")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SEAT=NAME",
-        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
-    )
-    group.add_argument(
-        "--capacity",
-        default="25%",
-        metavar="SIZE",
-        help="24GiB, 25%% of all experts, 192 experts in all, or 8/layer [25%%]",
-    )
-    group.add_argument(
-        "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
-    )
+    add_one_policy(group)
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")
     group.add_argument("--batch", type=positive, default=1, help="requests in a static batch [1]")
     group.add_argument(
