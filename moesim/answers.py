@@ -24,12 +24,16 @@ from moesim.types import (
     LayerEvent,
     Plan,
     Prefetch,
+    Routed,
     Serve,
+    State,
     Status,
 )
 from moesim.view import Window
 
 MISS = int(Status.MISS)
+RESIDENT = int(State.RESIDENT)
+AS_RECORDED = Routed()
 INT64 = np.dtype(np.int64)
 LISTS = ("prefetches", "cancel", "reprioritise", "jobs")
 
@@ -49,16 +53,22 @@ class Answers:
         self._experts = world.experts
         self._precisions = len(world.expert_bytes)
         self.quality = Quality() if policy.lossy else None
-        self._routed: AnyArray | None = None
+        self._routed = AS_RECORDED
 
-    def route(self, source: LayerEvent) -> AnyArray | None:
-        """Experts to execute instead, uint16 [T, k]; None: as recorded."""
-        routed = self.policy.route(source, self._view) if self.policy.lossy else None
-        self._routed = routed
-        if routed is None:
-            return None
+    def route(self, source: LayerEvent) -> Routed:
+        """What to execute instead of what was recorded."""
+        answer = self.policy.route(source, self._view) if self.policy.lossy else None
+        routed = answer if isinstance(answer, Routed) else Routed(answer)
         wanted = source.token_experts
-        routed = np.asarray(routed)
+        experts = None if routed.experts is None else self._experts_of(routed.experts, wanted)
+        precisions = routed.precisions
+        if precisions is not None:
+            precisions = self._precisions_of(precisions, wanted)
+        self._routed = Routed(experts, precisions)
+        return self._routed
+
+    def _experts_of(self, answer: AnyArray, wanted: AnyArray) -> AnyArray:
+        routed = np.asarray(answer)
         if routed.dtype != np.uint16 or routed.shape != wanted.shape:
             raise self._wrong(
                 f"route must answer uint16 {list(wanted.shape)}, "
@@ -72,6 +82,24 @@ class Answers:
             raise self._wrong(f"route names expert {ordered[:, 1:][twice][0]} twice for one token")
         return routed
 
+    def _precisions_of(self, answer: AnyArray, wanted: AnyArray) -> AnyArray:
+        precisions = np.asarray(answer)
+        if precisions.dtype != np.uint8 or precisions.shape != wanted.shape:
+            raise self._wrong(
+                f"precisions of a route must be uint8 {list(wanted.shape)}, "
+                f"got {precisions.dtype} {list(precisions.shape)}"
+            )
+        if precisions.size and precisions.max() >= self._precisions:
+            raise self._wrong(
+                f"route asks for precision {int(precisions.max())} of {self._precisions}"
+            )
+        return precisions
+
+    @property
+    def precise(self) -> bool:
+        """Whether the newest layer event is executed in full precision."""
+        return self._routed.precisions is None
+
     def plan(self, fact: Fact) -> Plan:
         """What to do about a fact."""
         plan = self.policy.on(fact, self._view)
@@ -84,12 +112,16 @@ class Answers:
             if plan.serve and not self.policy.lossy:
                 self._refuse_skipping(fact, plan)
             if self.quality is not None:
-                _count(self.quality, fact, self.executed(fact, plan))
+                executed = self.executed(fact, plan)
+                _count(self.quality, fact, executed)
+                if fact.precisions is not None:
+                    self.quality.mass_low += _low(fact, executed, self._experts)
         return plan
 
     def executed(self, gate: Gate, plan: Plan) -> AnyArray:
         """uint16 [T, k]: what each token of the newest gate gets."""
-        executed = gate.source.token_experts if self._routed is None else self._routed
+        routed = self._routed.experts
+        executed = gate.source.token_experts if routed is None else routed
         missing = gate.experts[gate.status == MISS].tolist() if plan.serve else []
         skipped = [e % self._experts for e in missing if plan.serve.get(e) == Serve.SKIP]
         return np.where(np.isin(executed, skipped), DROPPED, executed) if skipped else executed
@@ -148,9 +180,18 @@ class Answers:
         return self._worth(np.array(keys, np.int64))
 
     def _worth(self, experts: IntArray) -> IntArray:
-        """Of keys, in an array that the policy may keep."""
-        if self._precisions > 1:
+        """Of keys, in an array that the policy may keep. A copy of lower precision is worth
+        nothing beside a full one."""
+        low = experts >= self._size
+        if low.any():
             experts %= self._size
+            idle = low & (self._view.states[experts] == RESIDENT)
+            worth = self._of_experts(experts).copy()
+            worth[idle] = np.iinfo(np.int64).min
+            return worth
+        return self._of_experts(experts)
+
+    def _of_experts(self, experts: IntArray) -> IntArray:
         worth = np.asarray(self.policy.scores(experts, self.event))
         if worth.dtype != INT64 or worth.shape != experts.shape:
             raise self._wrong(
@@ -251,6 +292,21 @@ def _count(quality: Quality, gate: Gate, executed: AnyArray) -> None:
     elif source.weights is not None:
         quality.mass += int(source.weights[chosen != DROPPED].sum())
         quality.mass_kept += int(source.weights[agreed].sum())
+
+
+def _low(gate: Gate, executed: AnyArray, per_layer: int) -> int:
+    """Mass of what is executed in lower precision."""
+    assert gate.precisions is not None
+    low = np.zeros(per_layer + 1, bool)
+    low[gate.experts % per_layer] = gate.precisions > 0
+    mask = (executed != DROPPED) & low[np.minimum(executed, per_layer)]
+    source = gate.source
+    if source.gate is not None:
+        return _mass(source.gate, np.where(mask, executed, DROPPED))
+    if source.weights is None:
+        return 0
+    # Weights belong to what was chosen, and only a policy without gates keeps to that.
+    return int(source.weights[mask & (executed == source.token_experts)].sum())
 
 
 def _mass(gate: AnyArray, experts: AnyArray) -> int:

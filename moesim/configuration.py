@@ -24,7 +24,7 @@ from moesim.diagnose import diagnostics
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, parse_split, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
-from moesim.protocol import Policy, SeatPolicy, World, initially
+from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import source_digest
 from moesim.serving import Setup
@@ -72,8 +72,7 @@ class Configuration:
     Raises
     ------
     MoesimError
-        For a mistake in the request; NotRunError for a policy that cannot run: it is lossy, or it
-        needs what the trace lacks.
+        For a mistake in the request; NotRunError for a policy that needs what the trace lacks.
     """
 
     def __init__(self, request: Request) -> None:
@@ -92,6 +91,7 @@ class Configuration:
         distances = policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
         self.inputs = Inputs(policy.needs, distances, request.allowed)
         self.lossy = policy.lossy
+        self.mixed = has_mixed(policy)
         self._refuse()
 
     @classmethod
@@ -161,6 +161,7 @@ class Configuration:
             expert_norms=expert_norms(self.meta),
             past=self._past() if Needs.PAST in needs else None,
             future=self.future if Needs.FUTURE in needs else None,
+            expert_parts=self.meta.expert_parts,
         )
 
     def setup(self, policy: Policy) -> Setup:
@@ -197,6 +198,13 @@ class Configuration:
     def requests(self) -> int:
         """How many requests are served."""
         return min(self.meta.requests, self.request.limit or self.meta.requests)
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions of the longest request that is served."""
+        with TraceReader(self.request.trace, Columns.experts_only()) as reader:
+            requests = islice(requests_of(reader, self.request.share), self.request.limit)
+            return max((int(rows.position.max()) + 1 for rows in requests), default=0)
 
     @cached_property
     def future(self) -> KnownFuture:
@@ -345,13 +353,12 @@ class Configuration:
                 event += 1
 
     def _refuse(self) -> None:
-        name = self.spec.name
-        if self.lossy:
+        name, inputs = self.spec.name, self.inputs
+        if self.mixed and len(self.model.precisions) == 1:
             raise NotRunError(
-                f"not run: {name} is lossy; with forced routing only what keeps the recorded "
-                "experts can run"
+                f"not run: {name} executes experts in low precision, and {self.model.name} "
+                f"has {self.model.precisions[0]} alone; name a model that has more with --costs"
             )
-        inputs = self.inputs
         missing = list(lacking(inputs.needs, inputs.distances, inputs.allowed, self.meta))
         if missing:
             what, mend = missing[0]

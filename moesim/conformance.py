@@ -30,6 +30,7 @@ from moesim.protocol import (
     World,
     lacks,
 )
+from moesim.shape import all_precisions
 from moesim.tally import Tally
 from moesim.traces.reader import RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
@@ -186,7 +187,7 @@ def _setup(
         layers=LAYERS,
         experts=EXPERTS,
         top_k=TOP_K,
-        expert_bytes=meta.model.expert_bytes_table()[None, :],
+        expert_bytes=all_precisions(meta.model),
         capacity_bytes=per_layer if scope == "layer" else (sum(per_layer),),
         scope=scope,
         costs=costs if Needs.COSTS in needs else None,
@@ -214,8 +215,14 @@ def _future(meta: TraceMeta, requests: Sequence[RequestRows], batch: int) -> Kno
 
 def _trace(poisoned_from: int) -> tuple[TraceMeta, list[RequestRows]]:
     """A small decoding trace with every optional column; later requests differ if poisoned."""
+    model = ModelProfile.generic(LAYERS, EXPERTS, TOP_K, "conformance")
+    (full,) = model.expert_bytes
+    assert isinstance(full, int)
     model = replace(
-        ModelProfile.generic(LAYERS, EXPERTS, TOP_K, "conformance"), score="softmax-renorm"
+        model,
+        score="softmax-renorm",
+        precisions=("bf16", "int8"),
+        expert_bytes=(full, full // 2),
     )
     meta = TraceMeta(
         model=model,
@@ -223,7 +230,7 @@ def _trace(poisoned_from: int) -> tuple[TraceMeta, list[RequestRows]]:
         has_weights=True,
         has_gate=True,
         has_norms=True,
-        ahead={1: TOP_K, 2: TOP_K},
+        ahead=dict.fromkeys((1, 2, 3), TOP_K),
         embedding="iteration",
     )
     return meta, [_request(r, 1 if r >= poisoned_from else 0) for r in range(REQUESTS)]
@@ -249,7 +256,7 @@ def _request(request: int, salt: int) -> RequestRows:
         experts=order[:, :TOP_K],
         weights=weights.astype(np.float16),
         gate=logits,
-        ahead={1: order[:, :TOP_K], 2: order[:, :TOP_K]},
+        ahead=dict.fromkeys((1, 2, 3), order[:, :TOP_K]),
         input_norm=np.ones(rows, np.float16),
         embedding={i: np.full(4, request + i, np.float16) for i in range(1, TOKENS + 1)},
     )

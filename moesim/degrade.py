@@ -169,6 +169,8 @@ def lacking(
     needs: Needs, distances: Sequence[int], allowed: Allowed, meta: TraceMeta
 ) -> Iterator[tuple[str, str]]:
     """(what, how it may be allowed) for each input that is not there."""
+    if Needs.PARTS in needs and meta.expert_parts == 1:
+        yield "PARTS", "; `moesim trace parts` cuts its experts"
     if Needs.WEIGHTS in needs and not meta.has_weights:
         yield "WEIGHTS", ""
     if Needs.GATE in needs and not meta.has_gate:

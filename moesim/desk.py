@@ -12,21 +12,25 @@ from moesim import log
 from moesim.answers import Answers
 from moesim.ledger import ABSENT, RESIDENT, Ledger
 from moesim.loads import Loads, Transfer
+from moesim.precision import enough, serving
 from moesim.protocol import Policy, World
 from moesim.tally import RequestTimes, Tally
 from moesim.types import (
     NEVER,
+    AnyArray,
     Fact,
     Gate,
+    IntArray,
     Job,
     JobDone,
     Phase,
     Plan,
     Prefetch,
+    Routed,
     Serve,
     Status,
 )
-from moesim.workload import Item, Part, Step, begin_facts, end_facts, union
+from moesim.workload import Demand, Item, Part, Step, begin_facts, end_facts, union
 
 HIT, LATE, MISS = map(int, Status)
 
@@ -52,6 +56,8 @@ class Desk:
         """By place in the trace."""
         self._unserved: frozenset[int] = frozenset()
         """Misses of a gate whose demand is not yet on the link."""
+        self.keys: IntArray = np.zeros(0, np.int64)
+        """The copies that serve the newest layer event, in demand order."""
         self._named: dict[int, set[int]] = {}
 
     @property
@@ -115,12 +121,18 @@ class Desk:
         self.tally.events += 1
         self.answers.event = source.event
         routed = self.answers.route(source)
-        if routed is not None:
-            demand = union(source, self.world.experts, routed)
-        status = JUDGED[self.ledger.state[demand.experts]]
-        gate = Gate(source, demand.experts, demand.tokens, status, demand.phases)
-        self._unserved = frozenset(gate.experts[status == MISS].tolist())
-        self.loads.members = set(demand.experts.tolist())
+        if routed.experts is not None:
+            demand = union(source, self.world.experts, routed.experts)
+        precisions = self._precisions(item, demand, routed)
+        keys = self.keys = (
+            demand.experts
+            if precisions is None
+            else demand.experts + precisions.astype(np.int64) * self.world.size
+        )
+        status = JUDGED[self.ledger.state[keys]]
+        gate = Gate(source, demand.experts, demand.tokens, status, demand.phases, precisions)
+        self._unserved = frozenset(keys[status == MISS].tolist())
+        self.loads.members = set(keys.tolist())
         self.loads.released.clear()
         self.ledger.pinned |= self.loads.members
         self._log_gate(gate)
@@ -129,8 +141,16 @@ class Desk:
         self.loads.expire()
         return gate, self.answers.plan(gate)
 
+    def _precisions(self, item: Item, demand: Demand, routed: Routed) -> AnyArray | None:
+        """Of the copies that serve, uint8 [n]; None: all in full."""
+        if routed.precisions is None:
+            return None
+        chosen = item.event.token_experts if routed.experts is None else routed.experts
+        allowed = enough(demand.experts, chosen, routed.precisions, self.world.experts)
+        return serving(demand.experts, allowed, self.ledger.state.reshape(-1, self.world.size))
+
     def _log_gate(self, gate: Gate) -> None:
-        words = (gate.experts * 4 + gate.status).tolist()
+        words = (self.keys * 4 + gate.status).tolist()
         head = (gate.event, gate.layer, len(words), log.DEMAND)
         self.loads.log.add(log.GATE, self.now(), *head, *words)
         self.loads.decisions.add(log.GATE, *head, *words)
@@ -146,7 +166,7 @@ class Desk:
         loads, tally = self.loads, self.tally
         nbytes = 0
         late: list[int] = []
-        rows = zip(gate.experts.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
+        rows = zip(self.keys.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
         for key, status, phase in rows:
             nbytes += self.ledger.bytes_of[key]
             tally.phases[phase].judged(status, self.ledger.copy_bytes[key])
@@ -158,7 +178,7 @@ class Desk:
                 loads.miss(key)
         loads.promote(late)
         tally.largest_union_bytes = max(tally.largest_union_bytes, nbytes)
-        cache = self.ledger.cache_of[int(gate.experts[0])] if len(gate.experts) else 0
+        cache = self.ledger.cache_of[int(self.keys[0])] if len(self.keys) else 0
         tally.overflows += nbytes > self.ledger.capacity[cache]
 
     def demand(self, gate: Gate, plan: Plan) -> int:
@@ -166,8 +186,8 @@ class Desk:
         self._unserved = frozenset()
         missing: list[Transfer] = []
         for order in np.flatnonzero(gate.status == MISS).tolist():
-            key = int(gate.experts[order])
-            how = plan.serve.get(key, Serve.FETCH)
+            key = int(self.keys[order])
+            how = plan.serve.get(int(gate.experts[order]), Serve.FETCH)
             if how == Serve.FETCH:
                 self.tally.served["fetch"] += 1
                 phase, staged = Phase(gate.phases[order]), self.policy.bypass

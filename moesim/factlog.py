@@ -43,15 +43,18 @@ from moesim.types import (
     Slot,
 )
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 held neither norms nor past, so a policy that needs them could not be begun from it alone."""
 FACTS = "facts.jsonl.zst"
 
 ON, ROUTE, SCORES, VICTIMS, NOTE = "on", "route", "scores", "victims", "note"
 CALLS = (ON, ROUTE, SCORES, VICTIMS, NOTE)
-DID, CAME = "did", "came"
+DID, CAME, PAST = "did", "came", "past"
 
-_FLUSH = 20_000
-"""Records kept in memory; a batch of requests seldom has more."""
+_FULL = 20_000
+"""Records after which a log would be written; a batch of requests seldom has more."""
+_MOST = 50 * _FULL
+"""Records that are kept in memory, whatever happens."""
 
 _TYPES: dict[str, Any] = {
     cls.__name__: cls
@@ -120,9 +123,13 @@ def told(fact: Fact, jobs: Sequence[Job]) -> Any:
 
 
 def world_facts(world: World) -> dict[str, Any]:
-    """JSON values of the world; costs and future are made again from the manifest and the log."""
-    names = ("layers", "experts", "top_k", "capacity_bytes", "scope", "decode_from", "seed")
-    arrays = ("expert_bytes", "calibration")
+    """JSON values of the world; costs and future are made again from the manifest and the log, and
+    the past has records of its own."""
+    names = (
+        *("layers", "experts", "top_k", "capacity_bytes", "scope", "decode_from", "seed"),
+        "expert_parts",
+    )
+    arrays = ("expert_bytes", "calibration", "expert_norms")
     return {name: plain(getattr(world, name)) for name in (*names, *arrays)}
 
 
@@ -178,7 +185,10 @@ def caches_of(layers: int, scope: str) -> tuple[list[int], list[int]]:
 
 
 class FactLog:
-    """Collects records and writes them when asked to, so that writing can wait for a pause."""
+    """Collects records and writes them when asked to, so that writing can wait for a pause.
+
+    Only what no memory should hold is written unasked.
+    """
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -186,14 +196,21 @@ class FactLog:
         self._pending: list[Callable[[], list[Any]]] = []
         self._out = pa.CompressedOutputStream(str(path), "zstd")
 
-    def header(self, **facts: Any) -> None:
-        """The first line."""
-        self._write({"schema": SCHEMA, **facts})
+    @property
+    def full(self) -> bool:
+        """Whether a pause should be made to write."""
+        return len(self._pending) >= _FULL
+
+    def header(self, world: World) -> None:
+        """The first line, and the past as the policy may hear it."""
+        self._write({"schema": SCHEMA, "world": world_facts(world)})
+        for fact in () if world.past is None else world.past():
+            self._write([PAST, plain(fact)])
 
     def add(self, record: Callable[[], list[Any]]) -> None:
         """A record; what it is made of must not change before it is written."""
         self._pending.append(record)
-        if len(self._pending) >= _FLUSH:
+        if len(self._pending) >= _MOST:
             self.flush()
 
     def heard(self, report: Sequence[Any]) -> None:
@@ -354,7 +371,7 @@ class FactReader:
         self._lines = self._read()
         self.header: dict[str, Any] = next(self._lines, {})
         found = self.header.get("schema") if isinstance(self.header, dict) else None
-        if found != SCHEMA:
+        if found not in range(1, SCHEMA + 1):
             raise UsageError(f"{path}: not a fact log of schema {SCHEMA} (found {found})")
 
     def __iter__(self) -> Iterator[list[Any]]:

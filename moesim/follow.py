@@ -22,6 +22,7 @@ from moesim.factlog import (
     FACTS,
     NOTE,
     ON,
+    PAST,
     ROUTE,
     SCORES,
     VICTIMS,
@@ -38,8 +39,8 @@ from moesim.protocol import Policy, World, restrict
 from moesim.registry import resolve
 from moesim.result import HOST, read_run
 from moesim.serving import COPY, DENSE, EXPERT, JOB, Report, Server
-from moesim.types import Job, JobDone, Needs
-from moesim.workload import KnownFuture
+from moesim.types import Fact, Job, JobDone, Needs
+from moesim.workload import KnownFuture, Row
 
 
 class FollowError(MoesimError):
@@ -80,6 +81,8 @@ class _Refed:
         model = ModelProfile.from_dict(manifest["model"])
         hardware = HardwareProfile.from_dict(manifest["hardware"])
         named = {name: restored(value) for name, value in self.reader.header["world"].items()}
+        if next(_past(self.folder / FACTS), None) is not None:
+            named["past"] = lambda: _past(self.folder / FACTS)
         world = World(**named, costs=make_costs(model, hardware))
         if Needs.FUTURE not in self.policy.needs:
             return world
@@ -89,7 +92,7 @@ class _Refed:
     def run(self) -> int:
         compared = 0
         for line, record in enumerate(self.reader, 2):
-            if record[0] in (DID, CAME):
+            if record[0] in (DID, CAME, PAST):
                 continue
             answer, expected = self._again(record)
             if json.loads(json.dumps(answer)) != expected:
@@ -134,6 +137,14 @@ class _Refed:
 
 def _ids(experts: Sequence[int]) -> Any:
     return restored({"array": "<i8", "shape": [len(experts)], "of": list(experts)})
+
+
+def _past(path: Path) -> Iterator[Fact]:
+    """The facts that the policy could learn from."""
+    for record in FactReader(path):
+        if record[0] != PAST:
+            return
+        yield restored(record[1])
 
 
 def _gates(path: Path) -> Iterator[dict[str, Any]]:
@@ -226,7 +237,7 @@ class _Script:
     def pause(self) -> None:
         """The log knows how far it came."""
 
-    def dense(self, layer: int, tokens: int, context: int) -> None:
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         """Wait for the log to say so."""
         self._given.append((DENSE, -1))
 

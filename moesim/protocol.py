@@ -29,6 +29,7 @@ from moesim.types import (
     Needs,
     Note,
     Plan,
+    Routed,
     Serve,
     State,
     Swap,
@@ -76,6 +77,7 @@ class World:
     expert_bytes : int64 [precisions, layers], bytes of one expert.
     capacity_bytes : one number (scope "global") or one per layer (scope "layer").
     decode_from : first layer of a decoding pass (after an encoder's layers, if there is one).
+    expert_parts : in how many parts an expert of the model is kept, side by side; 1: whole.
     calibration : int64 [layers * experts] uses on the calibration trace (``Needs.CALIBRATION``).
     expert_norms : int64 [layers * experts] in 1/16384, norm of each expert's weights
         (``Needs.NORMS``).
@@ -96,6 +98,7 @@ class World:
     expert_norms: IntArray | None = None
     past: Callable[[], Iterable[Fact]] | None = None
     future: Future | None = None
+    expert_parts: int = 1
 
     @property
     def size(self) -> int:
@@ -161,8 +164,9 @@ class Policy(Protocol):
     def begin(self, world: World) -> None:
         """The run starts; forget everything."""
 
-    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
-        """Experts to execute instead, uint16 [T, k]; None: as recorded. Lossy policies only."""
+    def route(self, event: LayerEvent, cache: CacheView) -> Routed | AnyArray | None:
+        """What to execute instead, or only the experts, uint16 [T, k]; None: as recorded. Lossy
+        policies only."""
 
     def on(self, fact: Fact, cache: CacheView) -> Plan:
         """A fact; the answer is a plan."""
@@ -185,6 +189,11 @@ class Seat:
     needs: ClassVar[Needs] = Needs.NONE
     lossy: ClassVar[bool] = False
     kind: ClassVar[str]
+    source: ClassVar[str] = ""
+    """Where the idea comes from: a paper and its section, an engine, or "a baseline"."""
+    cost: ClassVar[str] = ""
+    """Of a decision, as O(...). n experts demanded, of T tokens that choose k each; M predicted for
+    a token; R residents that may go; E experts in each of L layers; d layers ahead."""
 
     def begin(self, world: World) -> None:
         """The run starts; forget everything."""
@@ -265,9 +274,11 @@ class RouteSeat(Seat):
     """Whether routing may bend to residency."""
 
     kind = "route"
+    mixed: ClassVar[bool] = False
+    """True: it has experts executed in lower precision, so the model must have one."""
 
-    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
-        """uint16 [T, k] to execute instead, or None: as recorded."""
+    def route(self, event: LayerEvent, cache: CacheView) -> Routed | AnyArray | None:
+        """What to execute instead, or only the experts, uint16 [T, k]; None: as recorded."""
         return None
 
     def swapped(self, swaps: Sequence[Swap], cache: CacheView) -> None:
@@ -307,6 +318,11 @@ class SeatPolicy:
         return any(seat.lossy for seat in self.seats)
 
     @property
+    def mixed(self) -> bool:
+        """Whether it has experts executed in lower precision."""
+        return self.routing.mixed
+
+    @property
     def bypass(self) -> bool:
         """Whether a load stays only if it beats a resident."""
         return self.keep.bypass
@@ -320,7 +336,7 @@ class SeatPolicy:
         """What the prefetch seat wants resident at the start; None: it has no wish."""
         return self.prefetch.initially(restrict(world, self.prefetch.needs))
 
-    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+    def route(self, event: LayerEvent, cache: CacheView) -> Routed | AnyArray | None:
         """The route seat's answer."""
         return self.routing.route(event, cache)
 
@@ -377,7 +393,7 @@ class PlainPolicy:
     def begin(self, world: World) -> None:
         """The run starts; forget everything."""
 
-    def route(self, event: LayerEvent, cache: CacheView) -> AnyArray | None:
+    def route(self, event: LayerEvent, cache: CacheView) -> Routed | AnyArray | None:
         """As recorded."""
         return None
 
@@ -401,6 +417,11 @@ def initially(policy: Policy, world: World) -> Sequence[ExpertId]:
     """What a policy wants resident at the start, most wanted first; nothing if it does not say."""
     asked = policy.initially(world) if isinstance(policy, SeatPolicy) else None
     return () if asked is None else asked
+
+
+def has_mixed(policy: Policy) -> bool:
+    """Whether a policy of seats has experts executed in lower precision."""
+    return isinstance(policy, SeatPolicy) and policy.mixed
 
 
 def lacks(made: object) -> str:

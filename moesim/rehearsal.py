@@ -47,7 +47,7 @@ def simulated(
         pass
     summary = summarise(engine.tally)
     names = ("hits", "late_hits", "misses", "loads", "bytes_loaded", "time_ns", "stall_ns")
-    more = ("ttft_ns", "tpot_ns", "decision_digest")
+    more = ("times_ns", "ttft_ns", "tpot_ns", "decision_digest")
     return {
         "engine": "reference",
         **{name: summary[name] for name in (*names, *more)},

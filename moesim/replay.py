@@ -27,7 +27,7 @@ from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, past_facts, requests_of
 from moesim.profile import HardwareProfile, ModelProfile
-from moesim.protocol import Policy, SeatPolicy, World, initially
+from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, request_times, source_digest
 from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
@@ -236,7 +236,7 @@ class _Replay:
             inputs = Inputs(policy.needs, _distances(policy), self.request.allowed)
             for capacity in self._capacities():
                 try:
-                    self._refuse(spec, policy.needs, inputs)
+                    self._refuse(spec, policy, inputs)
                     with _blaming(spec):
                         planned.append(self._configure(spec, capacity, inputs))
                 except NotRunError as error:
@@ -318,6 +318,7 @@ class _Replay:
             expert_norms=expert_norms(self.meta),
             past=self._past(run.inputs) if Needs.PAST in policy.needs else None,
             future=self.future() if Needs.FUTURE in policy.needs else None,
+            expert_parts=self.meta.expert_parts,
         )
         if capacity.starts is None:
             initial, charged = self._initial(run.spec, policy, world)
@@ -354,8 +355,14 @@ class _Replay:
         ranked = np.argsort(-uses, kind="stable")
         return fitting([int(e) for e in ranked if uses[e]], world, allocator), True
 
-    def _refuse(self, spec: PolicySpec, needs: Needs, inputs: Inputs) -> None:
-        """NotRunError where the trace lacks what the policy needs."""
+    def _refuse(self, spec: PolicySpec, policy: Policy, inputs: Inputs) -> None:
+        """NotRunError where the trace or the model lacks what the policy needs."""
+        needs = policy.needs
+        if has_mixed(policy) and len(self.model.precisions) == 1:
+            raise NotRunError(
+                f"not run: {spec.name} executes experts in low precision, and {self.model.name} "
+                f"has {self.model.precisions[0]} alone; name a model that has more with --costs"
+            )
         missing = list(lacking(needs, inputs.distances, inputs.allowed, self.meta))
         if missing:
             name, mend = missing[0]

@@ -24,7 +24,7 @@ from moesim.protocol import Policy, World, restrict
 from moesim.tally import Tally
 from moesim.types import ExpertId, Gate, Job, Landed, Phase, Plan
 from moesim.view import View
-from moesim.workload import DONE, STARVED, Item, Scheduler, Step, Work, layer_events
+from moesim.workload import DONE, STARVED, Item, Row, Scheduler, Step, Work, layer_events
 
 COPY, DENSE, EXPERT, HOST, JOB = "copy", "dense", "expert", "host", "job"
 
@@ -61,8 +61,8 @@ class Lanes(Protocol):
     def pause(self) -> None:
         """Report the copy under way at the end of its chunk."""
 
-    def dense(self, layer: int, tokens: int, context: int) -> None:
-        """Compute a layer's dense part; layer -1 is the output head."""
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
+        """Compute a layer's dense part; layer -1 is the output head. ``rows``: who attends."""
 
     def expert(self, key: int, tokens: int) -> None:
         """Compute an expert on the device, from the copy that is there."""
@@ -278,11 +278,11 @@ class Server(Desk):
             self._layer_event(item)
         head_tokens = sum(part.ends for part in step.parts)
         if head_tokens:
-            self._compute_dense(-1, head_tokens, 0)
+            self._compute_dense(-1, head_tokens, ())
 
     def _layer_event(self, item: Item) -> None:
         self._layer = item.event.layer
-        self._compute_dense(self._layer, item.dense_tokens, item.context)
+        self._compute_dense(self._layer, item.dense_tokens, item.rows)
         gate, plan = self.gate(item)
         self._serve(gate, plan)
 
@@ -295,10 +295,10 @@ class Server(Desk):
         self._compute(gate, waiting)
         self.loads.log.add(log.END, self.now(), gate.event)
 
-    def _compute_dense(self, layer: int, tokens: int, context: int) -> None:
+    def _compute_dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         self._spend("plan", self.now())
         self._dense = None
-        self.lanes.dense(layer, tokens, context)
+        self.lanes.dense(layer, tokens, rows)
         self._wait(lambda: self._dense is not None)
         report = self._dense
         assert report is not None
@@ -309,8 +309,8 @@ class Server(Desk):
 
     def _compute(self, gate: Gate, waiting: int) -> None:
         """Residents in demand order, then arrivals as they land; then wait for the host."""
-        self._tokens = dict(zip(gate.experts.tolist(), gate.tokens.tolist(), strict=True))
-        hits = gate.experts[gate.status == HIT].tolist()
+        self._tokens = dict(zip(self.keys.tolist(), gate.tokens.tolist(), strict=True))
+        hits = self.keys[gate.status == HIT].tolist()
         self._hits = set(hits)
         self._left = len(hits) + waiting
         on_host = self._on_host

@@ -11,6 +11,7 @@ from moesim.errors import UsageError
 from moesim.ledger import Ledger
 from moesim.profile import ModelProfile
 from moesim.protocol import World
+from moesim.traces.expert_parts import model_in_parts
 from moesim.traces.schema import TraceMeta
 from moesim.types import PROBABILITY_ONE, ExpertId, IntArray
 
@@ -19,7 +20,10 @@ def shaped(model: ModelProfile, meta: TraceMeta) -> ModelProfile:
     """A model profile with the trace's shape: per-layer numbers are stretched over its layers.
 
     So the routing of one model can be replayed with the bytes and times of another (``--costs``).
+    Where the trace has experts in parts, so has the other model.
     """
+    if model is not meta.model and meta.expert_parts > 1:
+        model = model_in_parts(model, meta.expert_parts)
     if model.layers == meta.layers:
         return replace(model, experts=meta.experts, top_k=meta.top_k, stacks=meta.model.stacks)
 

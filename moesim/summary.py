@@ -74,6 +74,7 @@ def _quality(quality: Quality | None) -> dict[str, Any] | None:
     return {
         "agreement": _ratio(quality.agreed, quality.chosen),
         "gate_mass_kept": _ratio(quality.mass_kept, quality.mass),
+        "gate_mass_low": _ratio(quality.mass_low, quality.mass),
         **asdict(quality),
     }
 

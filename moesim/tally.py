@@ -133,6 +133,8 @@ class Quality:
     """Of the chosen experts."""
     mass_kept: int = 0
     """Of the executed experts, whether chosen or not."""
+    mass_low: int = 0
+    """That part of ``mass_kept`` that was executed in lower precision."""
 
 
 @dataclass(slots=True)

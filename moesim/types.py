@@ -92,6 +92,8 @@ class Needs(Flag):
     """The rest of the trace. The result is a bound, never ranked as a policy."""
     PAST = auto()
     """Requests of the past to learn from, where there are any (``--split``, ``--calibration``)."""
+    PARTS = auto()
+    """A trace whose experts are in parts (``moesim trace parts``)."""
 
 
 # ---- facts ---------------------------------------------------------------------------------------
@@ -176,6 +178,7 @@ class Gate:
     tokens : int64 [n] tokens that chose each expert.
     status : uint8 [n] of ``Status``, as judged at this moment.
     phases : uint8 [n], the phase of the first token that chose the expert.
+    precisions : uint8 [n], the precision of the copy that serves each; None: all in full.
     """
 
     source: LayerEvent
@@ -183,6 +186,7 @@ class Gate:
     tokens: IntArray
     status: AnyArray
     phases: AnyArray
+    precisions: AnyArray | None = None
 
     @property
     def event(self) -> int:
@@ -263,6 +267,18 @@ Note: TypeAlias = Landed | Evicted | Dropped
 
 
 # ---- answers -------------------------------------------------------------------------------------
+
+
+class Routed(NamedTuple):
+    """What a lossy policy has executed in the place of what was recorded.
+
+    experts : uint16 [T, k], ``DROPPED`` for none; None: as recorded.
+    precisions : uint8 [T, k], the lowest precision (the largest number) that will do; None: full.
+        The best copy that is there serves, and of several tokens the one that asks for most.
+    """
+
+    experts: AnyArray | None = None
+    precisions: AnyArray | None = None
 
 
 class Prefetch(NamedTuple):

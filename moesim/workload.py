@@ -399,13 +399,25 @@ Span: TypeAlias = tuple[Part, int, int]
 """A part and its first and last (excluded) row in a layer."""
 
 
+class Row(NamedTuple):
+    """A request's tokens in a layer event, the last ones of its ``context`` positions."""
+
+    request: int
+    tokens: int
+    context: int
+
+
 class Item(NamedTuple):
-    """A layer event with its costs' arguments: tokens of the dense part and context they attend."""
+    """A layer event with its costs' arguments: tokens of the dense part and context they attend.
+
+    rows : whose tokens they are; ``context`` is the sum of theirs.
+    """
 
     event: LayerEvent
     demand: Demand
     dense_tokens: int
     context: int
+    rows: tuple[Row, ...] = ()
 
 
 def layer_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
@@ -468,7 +480,11 @@ def _layers(part: Part) -> list[int]:
 def _item(step: Step, layer: int, spans: list[Span], event: int, experts: int) -> Item:
     """The layer's rows of every part, gathered."""
     slots = slots_of(spans)
-    context = sum(int(part.work.rows.position[last - 1]) + 1 for part, _, last in spans)
+    rows = tuple(
+        Row(part.work.index, last - first, int(part.work.rows.position[last - 1]) + 1)
+        for part, first, last in spans
+    )
+    context = sum(row.context for row in rows)
     pieces = [(part.work, first, last) for part, first, last in spans]
     source = LayerEvent(
         event=event,
@@ -482,7 +498,7 @@ def _item(step: Step, layer: int, spans: list[Span], event: int, experts: int) -
         norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in pieces]),
     )
     tokens = sum(slot.tokens for slot in slots)
-    return Item(source, union(source, experts), tokens + step.padding, context)
+    return Item(source, union(source, experts), tokens + step.padding, context, rows)
 
 
 def slots_of(spans: Iterable[Span]) -> tuple[Slot, ...]:

@@ -252,6 +252,8 @@ class ActivationMatrix(ForecastSeat):
     """
 
     name = "activation-matrix"
+    source = "arXiv 2401.14361"
+    cost = "O(S L E)"
     needs = Needs.PAST
     background: bool = False
     refresh: bool = False
@@ -360,6 +362,8 @@ class ActivationMatrixKeep(KeepSeat):
     """
 
     name = "activation-matrix"
+    source = "arXiv 2401.14361"
+    cost = "O(S L E) a request; O(R) an eviction"
 
     def begin(self, world: World) -> None:
         """Nothing is expected."""

@@ -18,6 +18,8 @@ class MinForced(KeepSeat):
     """Every miss is admitted; the victim is the evictable resident used again last."""
 
     name = "min"
+    source = "Belady, 1966"
+    cost = "O(n); O(log R) an eviction"
     needs = Needs.FUTURE
 
     def begin(self, world: World) -> None:
@@ -36,4 +38,6 @@ class MinBypass(MinForced):
     """A miss stays only if it is used again before some resident."""
 
     name = "min-bypass"
+    source = "Belady, 1966"
+    cost = "O(n); O(log R) an eviction"
     bypass = True

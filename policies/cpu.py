@@ -18,6 +18,8 @@ class CPU(MissSeat):
     """Computes where the weights are."""
 
     name = "cpu"
+    source = "llama.cpp; KTransformers"
+    cost = "O(n)"
 
     def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
         """All of them."""

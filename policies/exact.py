@@ -12,3 +12,5 @@ class Exact(RouteSeat):
     """Bends nothing."""
 
     name = "exact"
+    source = "-"
+    cost = "O(1)"

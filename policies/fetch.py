@@ -12,3 +12,5 @@ class Fetch(MissSeat):
     """Fetches."""
 
     name = "fetch"
+    source = "-"
+    cost = "O(1)"

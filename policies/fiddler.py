@@ -18,6 +18,8 @@ class Fiddler(MissSeat):
     """Takes the quicker of the two for each missing expert, alone."""
 
     name = "fiddler"
+    source = "arXiv 2402.07033, section 3.2"
+    cost = "O(n)"
     needs = Needs.COSTS
 
     def begin(self, world: World) -> None:

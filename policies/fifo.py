@@ -13,6 +13,8 @@ class FIFO(LRU):
     """Evicts what was loaded longest ago."""
 
     name = "fifo"
+    source = "Belady, 1966"
+    cost = "O(n); O(1) an eviction"
 
     def gate(self, gate: Gate) -> None:
         """Only what must be loaded is stamped."""

@@ -19,6 +19,8 @@ class HotSet(PrefetchSeat):
     """
 
     name = "hot-set"
+    source = "a baseline"
+    cost = "O(k)"
     needs = Needs.CALIBRATION
     distance: int = 1
     width: int = 0

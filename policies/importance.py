@@ -124,6 +124,8 @@ class Importance(KeepSeat):
     """
 
     name = "importance"
+    source = "ACL 2024, 2024.acl-long.363, equation 1"
+    cost = "O(T k + E); O(R) an eviction"
     needs = Needs.WEIGHTS | Needs.NORMS
     measure: str = "full"
     gamma: float = 1.0

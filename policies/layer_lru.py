@@ -36,6 +36,8 @@ class LayerLRU(LRU):
     """Evicts the least recently used expert of the layer that holds the most."""
 
     name = "layer-lru"
+    source = "arXiv 2312.17238, section 3.1"
+    cost = "O(n); O(R) an eviction"
 
     def begin(self, world: World) -> None:
         """Nothing is cached."""

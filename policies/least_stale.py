@@ -31,6 +31,8 @@ class LeastStale(LRU):
     """Evicts the least recently touched stale resident, else the least recently touched one."""
 
     name = "least-stale"
+    source = "arXiv 2602.03921"
+    cost = "O(n); O(log R) an eviction"
 
     def begin(self, world: World) -> None:
         """No pass has begun."""

@@ -44,6 +44,8 @@ class LFRU(KeepSeat):
     """Evicts the smallest uses / age."""
 
     name = "lfru"
+    source = "vLLM pull request 37190"
+    cost = "O(n); O(log R) an eviction"
 
     def begin(self, world: World) -> None:
         """Nothing was used."""

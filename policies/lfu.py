@@ -41,6 +41,8 @@ class LFU(KeepSeat):
     """Evicts what was used least often; counts survive eviction."""
 
     name = "lfu"
+    source = "Breslau et al., 1999"
+    cost = "O(n); O(log R) an eviction"
 
     def begin(self, world: World) -> None:
         """Nothing was used."""
@@ -62,6 +64,8 @@ class LFUInCache(LFU):
     """Evicts what was used least often since it was loaded; eviction forgets the count."""
 
     name = "lfu-incache"
+    source = "Breslau et al., 1999"
+    cost = "O(n); O(log R) an eviction"
 
     def note(self, fact: Note) -> None:
         """Forget the count of what went."""

@@ -37,6 +37,8 @@ class LFUDecay(LRU):
     """
 
     name = "lfu-decay"
+    source = "after Lee et al., 1999 (LRFU)"
+    cost = "O(E); O(log R) an eviction"
     gamma: float = 0.95
 
     def __post_init__(self) -> None:

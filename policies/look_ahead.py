@@ -13,6 +13,8 @@ class LookAhead(PrefetchSeat):
     """Prefetches what the next ``distance`` layer events will demand, the nearest first."""
 
     name = "look-ahead"
+    source = "a bound"
+    cost = "O(d n)"
     needs = Needs.FUTURE
     distance: int = 1
 

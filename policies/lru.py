@@ -30,6 +30,8 @@ class LRU(KeepSeat):
     """Evicts what was touched longest ago."""
 
     name = "lru"
+    source = "Mattson et al., 1970"
+    cost = "O(n); O(1) an eviction"
 
     def begin(self, world: World) -> None:
         """Nothing was touched."""

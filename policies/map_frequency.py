@@ -51,6 +51,8 @@ class MapFrequency(KeepSeat):
     """
 
     name = "map-frequency"
+    source = "arXiv 2502.05370"
+    cost = "O(E) a forecast; O(R) an eviction"
     unsearched: str = "last"
     freq: str = "residency"
 

@@ -91,6 +91,8 @@ class MapSearch(ForecastSeat):
     """
 
     name = "map-search"
+    source = "arXiv 2502.05370"
+    cost = "O(S E) a layer; O(S d) a pass"
     needs = Needs.GATE | Needs.EMBEDDING | Needs.PAST
     semantic: ClassVar[bool] = True
     whole_requests: ClassVar[bool] = False
@@ -393,6 +395,8 @@ class MapTrajectory(MapSearch):
     """The same without embeddings: the first ``distance`` layers are demand-only."""
 
     name = "map-trajectory"
+    source = "arXiv 2502.05370"
+    cost = "O(S E)"
     needs = Needs.GATE | Needs.PAST
     semantic: ClassVar[bool] = False
 
@@ -406,6 +410,8 @@ class HitCount(MapSearch):
     """
 
     name = "hit-count"
+    source = "arXiv 2502.05370"
+    cost = "O(S E)"
     needs = Needs.PAST
     semantic: ClassVar[bool] = False
     whole_requests: ClassVar[bool] = True

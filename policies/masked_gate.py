@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.errors import UsageError
+from moesim.errors import NotRunError
 from moesim.policies.importance import check_choice
 from moesim.protocol import CacheView, RouteSeat, World
 from moesim.types import (
@@ -195,6 +195,10 @@ class Retired:
             return
         self.mask[fact.expert] = False
         if isinstance(fact, Evicted):
+            # Whose bytes its very successor takes has gone before that one lands.
+            gone = [comes for comes, goes in self.leaving.items() if goes == fact.expert]
+            for comes in gone:
+                del self.leaving[comes]
             return
         goes = self.leaving.pop(fact.expert, -1)
         if isinstance(fact, Landed) and goes >= 0:
@@ -220,6 +224,8 @@ class MaskedGate(RouteSeat):
     """
 
     name = "masked"
+    source = "ACL 2024, 2024.acl-long.363, section 3.2"
+    cost = "O(T E log E)"
     lossy = True
     needs = Needs.GATE
     few: str = "drop"
@@ -236,9 +242,9 @@ class MaskedGate(RouteSeat):
         self.retired = Retired(world.size)
         least = min(slots_of(world))
         if least < world.top_k:
-            raise UsageError(
-                f"--capacity: leaves room for {least} experts in a layer, and a token of masked "
-                f"routing takes {world.top_k}; give at least {world.top_k}/layer"
+            raise NotRunError(
+                f"not run: --capacity leaves room for {least} experts in a layer, and a token of "
+                f"masked routing takes {world.top_k}; give at least {world.top_k}/layer"
             )
 
     def swapped(self, swaps: Sequence[Swap], cache: CacheView) -> None:

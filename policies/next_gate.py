@@ -26,6 +26,8 @@ class NextGate(PrefetchSeat):
     """
 
     name = "next-gate"
+    source = "arXiv 2312.17238, section 3.2"
+    cost = "O(T M)"
     needs = Needs.AHEAD
     distance: int = 1
     width: int = 0

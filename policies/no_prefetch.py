@@ -12,3 +12,5 @@ class NoPrefetch(PrefetchSeat):
     """Plans nothing."""
 
     name = "none"
+    source = "-"
+    cost = "O(1)"

@@ -79,6 +79,38 @@ PRESETS: dict[str, Preset] = {
         prefetch="next-gate",
         parameters={"prefetch.distance": 2, "prefetch.cancel": True},
     ),
+    "arc": Preset("ARC: recent and frequent, balanced by what misses teach", keep="arc"),
+    "pregated": Preset(
+        "Pre-gated MoE with perfect gates: LRU, and the next layer of the pass known (bound)",
+        prefetch="pre-gate",
+    ),
+    "speculating-experts": Preset(
+        "LRU, and what the next layer's gate said a layer early is what runs (lossy)",
+        prefetch="next-gate",
+        route="pre-gate",
+    ),
+    "fate": Preset(
+        "Fate: the next layer's gate applied early, ARC by layer, the first layers held whole",
+        keep="shallow-arc",
+        prefetch="cross-gate",
+    ),
+    "moe-beyond": Preset(
+        "MoE-Beyond: LRU, and a predictor over the request's tokens (fit one: moesim fit)",
+        prefetch="token-net",
+    ),
+    "draft": Preset(
+        "LRU, and a draft of the next token's experts at a stated recall (bound)",
+        prefetch="draft",
+    ),
+    "cache-prior": Preset(
+        "LRU, and routing leans towards what is resident (lossy)", route="cache-prior"
+    ),
+    "odds": Preset(
+        "Ours: keeps and prefetches by counted chances of use; host and link share the misses",
+        keep="reuse-odds",
+        prefetch="pair-odds",
+        miss="q-split",
+    ),
     "finemoe": Preset(
         "FineMoE: maps of past iterations, by meaning and trajectory; evicts by p * freq",
         keep="map-frequency",
@@ -110,6 +142,54 @@ PRESETS: dict[str, Preset] = {
         keep="static",
         miss="fiddler",
         initial="static",
+    ),
+    "ktransformers": Preset(
+        "KTransformers: the most used experts, anew for each long prompt; misses run on the host",
+        prefetch="placement",
+        miss="cpu",
+        initial="policy",
+        parameters={"prefetch.dynamic": "prefill"},
+    ),
+    "hybrimoe": Preset(
+        "HybriMoE: misses divided by a schedule, prefetches by impact, evicts the least liked",
+        keep="recent-score",
+        prefetch="impact",
+        miss="hybrid-schedule",
+    ),
+    "q-split": Preset(
+        "LRU; a layer's misses divided so that host and link finish together", miss="q-split"
+    ),
+    "reuse-break-even": Preset(
+        "LFU with fading counts; misses run on the host unless a copy is used often enough",
+        keep="lfu-decay",
+        miss="reuse-break-even",
+    ),
+    "static-lru": Preset(
+        "half of the cache pinned to the most used experts, LRU in the rest",
+        keep="pinned-lru",
+        initial="static",
+    ),
+    "adapmoe": Preset(
+        "AdapMoE's lossless part: slots by layer, the first absent expert ahead prefetched",
+        keep="layer-quota",
+        prefetch="first-absent",
+    ),
+    "edgemoe": Preset(
+        "EdgeMoE's lossless part: evicts by use and layer, prefetches what followed before",
+        keep="layer-frequency",
+        prefetch="layer-statistics",
+    ),
+    "moepic": Preset(
+        "MoEpic: top halves of many experts rather than few whole ones (moesim trace parts)",
+        keep="top-halves",
+        prefetch="next-gate",
+    ),
+    "hobbit": Preset(
+        "HOBBIT: what weighs little is loaded in low precision, what weighs least not at all "
+        "(lossy)",
+        keep="hobbit",
+        prefetch="next-gate",
+        route="mixed-precision",
     ),
     "swapmoe": Preset(
         "SwapMoE: tokens go to resident experts only, and the set follows the input (lossy)",

@@ -16,6 +16,8 @@ class PreviousToken(PrefetchSeat):
     """
 
     name = "previous-token"
+    source = "a baseline"
+    cost = "O(n)"
     distance: int = 1
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ class Random(KeepSeat):
     """Evicts at random."""
 
     name = "random"
+    source = "Belady, 1966"
+    cost = "O(R) an eviction"
 
     def begin(self, world: World) -> None:
         """Take the seed."""

@@ -68,6 +68,8 @@ class SLRU(LRU):
     """
 
     name = "slru"
+    source = "Karedla et al., 1994"
+    cost = "O(n); O(log R) an eviction"
     protected: float = 0.8
 
     def __post_init__(self) -> None:

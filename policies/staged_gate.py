@@ -54,6 +54,8 @@ class StagedGate(PrefetchSeat):
     """
 
     name = "staged-gate"
+    source = "arXiv 2312.17238, section 3.2"
+    cost = "O(T M + b)"
     needs = Needs.AHEAD
     distance: int = 1
     width: int = 2

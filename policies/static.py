@@ -18,6 +18,8 @@ class Static(KeepSeat):
     """Keeps what was used most on the calibration trace."""
 
     name = "static"
+    source = "arXiv 2402.07033"
+    cost = "O(log R) an eviction"
     needs = Needs.CALIBRATION
     bypass = True
 

@@ -8,8 +8,8 @@ ProMoE's input is the hidden state. A trace holds none, so the input here is wha
 the gate: the probabilities of all experts, else the weights of the chosen ones, else the chosen
 ones alone; of this layer, and of the ``history - 1`` before it in the same pass.
 
-After the fit everything is rounded to integers: a prediction is two integer matrix products, exact
-on every host (float64 below 2**53), a floor division and a comparison. Torch takes no part.
+After the fit everything is rounded to integers (``moesim.policies.fitted``): a prediction is exact
+on every host. Torch takes no part.
 
 What else ProMoE is made of, and where it is found:
 
@@ -29,19 +29,22 @@ of the network's output z, which ranks as its sigmoid does and is exact.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import zipfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moesim.errors import NotRunError, UsageError
-from moesim.hashing import hash64
+from moesim.policies.fitted import (
+    MOST_INPUT,
+    Known,
+    chosen,
+    nets_of,
+    packed,
+    probabilities,
+    read,
+    wrong_networks,
+)
 from moesim.policies.forecast import ForecastSeat, Foresight
 from moesim.protocol import CacheView, World
 from moesim.types import (
@@ -52,12 +55,9 @@ from moesim.types import (
     Forecast,
     Gate,
     IntArray,
-    IterationEnd,
     LayerEvent,
     Needs,
     Plan,
-    RequestBegin,
-    RequestEnd,
     State,
 )
 
@@ -65,66 +65,11 @@ FORMAT = "moesim stride predictor 1"
 NEEDS = {"gate": Needs.GATE, "weights": Needs.WEIGHTS, "experts": Needs.NONE}
 """Kinds of input, the most telling first."""
 
-MOST_INPUT = 1 << 16
-MOST_HIDDEN = 1 << 22
-"""Where inputs (4 in 1/16384) and hidden values saturate, so that no sum reaches 2**53."""
-
-DAMAGED = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    OverflowError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What NumPy and zipfile raise over bytes that are not what they should be."""
-
 FIT = "moesim fit --policy promoe --trace TRACE --split 7:3 --out promoe.npz"
 MEND = f"fit one with `{FIT}`, then give --split 7:3 --set prefetch.weights=promoe.npz"
 
 
-# ---- kernels -------------------------------------------------------------------------------------
-
-
-def outputs(
-    inputs: AnyArray, w1: AnyArray, b1: AnyArray, scale: int, w2: AnyArray, b2: AnyArray
-) -> IntArray:
-    """Kernel: the network on integers, int64 [T, E].
-
-    ``relu(inputs @ w1 + b1) // scale`` is the hidden layer, which ``w2`` and ``b2`` take further.
-    All arguments are float64 arrays of whole numbers.
-    """
-    hidden = np.floor_divide(np.maximum(inputs @ w1 + b1, 0.0), float(scale))
-    found: IntArray = (np.minimum(hidden, MOST_HIDDEN) @ w2 + b2).astype(np.int64)
-    return found
-
-
-def probabilities(found: IntArray, unit: int) -> IntArray:
-    """Kernel: outputs as probabilities in 1/16384, rising with them; ``unit`` is the output 1."""
-    half = PROBABILITY_ONE // 2
-    shares: IntArray = half + half * found // (unit + np.abs(found))
-    return shares
-
-
-def chosen(found: IntArray, width: int) -> IntArray:
-    """Kernel: experts among the best ``width`` of any token, best first; ties by lowest id."""
-    best = np.argsort(-found, axis=1, kind="stable")[:, :width]
-    named = np.unique(best)
-    order: IntArray = named[np.argsort(-found.max(axis=0)[named], kind="stable")]
-    return order
-
-
-def fingerprint(request: int, layer: int, counts: IntArray) -> int:
-    """Kernel: a request's share of a layer event in its fingerprint; shares are added mod 2**64.
-
-    ``counts`` : tokens that chose each expert. The sum does not depend on how a pass was chunked.
-    """
-    named = np.flatnonzero(counts)
-    words = hash64(request, layer, named) * counts[named].astype(np.uint64)
-    return int(words.sum(dtype=np.uint64))
+# ---- what a layer sees ---------------------------------------------------------------------------
 
 
 def inputs_of(event: LayerEvent, experts: int, kind: str) -> AnyArray:
@@ -176,10 +121,15 @@ class Predictor:
     samples: AnyArray
 
     def to_bytes(self) -> bytes:
-        """The file: a NumPy ``.npz`` without pickles. Equal predictors give equal bytes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, format=FORMAT, **asdict(self))
-        return buffer.getvalue()
+        """The file. Equal predictors give equal bytes."""
+        return packed(self, FORMAT)
+
+    def problem(self) -> str:
+        """What is wrong with its parts; empty if nothing."""
+        sizes = (self.layers, self.experts, self.stride, self.history)
+        if not all(type(n) is int and n > 0 for n in sizes) or self.kind not in NEEDS:
+            return "its sizes or its kind of input are no such"
+        return wrong_networks(self, self.layers - self.stride, self.history * self.experts)
 
 
 def load(path: Path) -> tuple[Predictor, str]:
@@ -190,65 +140,7 @@ def load(path: Path) -> tuple[Predictor, str]:
     UsageError
         If the file is missing, damaged, or none of ``moesim fit``'s.
     """
-    where = f"prefetch.weights={path}"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror}; {MEND}") from None
-    return _parsed(data, where), hashlib.sha256(data).hexdigest()
-
-
-def _parsed(data: bytes, where: str) -> Predictor:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            found = {name: stored[name] for name in stored.files}
-    except DAMAGED as error:
-        told = str(error) or type(error).__name__
-        raise UsageError(f"{where}: cannot be read ({told}); {MEND}") from None
-    if str(found.pop("format", "")) != FORMAT:
-        raise UsageError(f"{where}: was not written by this `moesim fit`; {MEND}")
-    return _checked(found, where)
-
-
-def _checked(found: Mapping[str, AnyArray], where: str) -> Predictor:
-    names = [f.name for f in fields(Predictor)]
-    if sorted(found) != sorted(names):
-        raise UsageError(f"{where}: lacks or holds too many parts; {MEND}")
-    plain: dict[str, Any] = {n: a.item() if a.ndim == 0 else a for n, a in found.items()}
-    made = Predictor(**plain)
-    problem = _problem(made)
-    if problem:
-        raise UsageError(f"{where}: {problem}; {MEND}")
-    return made
-
-
-def _problem(made: Predictor) -> str:
-    """What is wrong with a predictor's parts; empty if nothing."""
-    sizes = (made.layers, made.experts, made.stride, made.history)
-    if not all(type(n) is int and n > 0 for n in sizes) or made.kind not in NEEDS:
-        return "its sizes or its kind of input are no such"
-    count, wide, experts = made.layers - made.stride, made.history * made.experts, made.experts
-    hidden = np.shape(made.b1)[-1] if np.ndim(made.b1) == 2 else 0
-    shapes = {
-        "w1": (count, wide, hidden),
-        "b1": (count, hidden),
-        "scale": (count,),
-        "w2": (count, hidden, experts),
-        "b2": (count, experts),
-        "unit": (count,),
-        "samples": (count,),
-    }
-    for name, shape in shapes.items():
-        array = getattr(made, name)
-        if np.shape(array) != shape or array.dtype != np.int64:
-            return f"{name} must be int64 {list(shape)}"
-    if hidden < 1 or made.scale.min() < 1 or made.unit.min() < 1:
-        return "scale and unit must be 1 or more"
-    if made.requests.shape != made.prints.shape or made.prints.dtype != np.uint64:
-        return "each of its requests must have a fingerprint"
-    first = np.abs(made.w1).sum(axis=1).max() * MOST_INPUT + np.abs(made.b1).max()
-    second = np.abs(made.w2).sum(axis=1).max() * MOST_HIDDEN + np.abs(made.b2).max()
-    return "its numbers are too large to be exact" if max(first, second) >= 1 << 53 else ""
+    return read(path, Predictor, FORMAT, MEND)
 
 
 # ---- the seat ------------------------------------------------------------------------------------
@@ -266,6 +158,8 @@ class Stride(ForecastSeat):
     """
 
     name = "stride"
+    source = "arXiv 2410.22134, section 4"
+    cost = "O(T F H) for F = history E"
     weights: str = ""
     digest: str = ""
     width: int = 0
@@ -305,10 +199,8 @@ class Stride(ForecastSeat):
                 "one on a trace of the same model"
             )
         self.fitted = fitted
-        self.nets = _nets(fitted)
-        self.known = set(fitted.prints.tolist())
-        self.prints: dict[int, int] = {}
-        """Requests in their first pass -> fingerprint so far."""
+        self.nets = nets_of(fitted)
+        self.known = Known(fitted, self.weights, FIT)
         self.recent = Recent(fitted.history, world.experts, fitted.kind)
         super().begin(world)
 
@@ -316,13 +208,9 @@ class Stride(ForecastSeat):
 
     def foresee(self, fact: Fact) -> Foresight | None:
         """After each gate, of the layer ``stride`` on."""
-        if isinstance(fact, RequestBegin):
-            self.prints[fact.request] = 0
-        elif isinstance(fact, IterationEnd | RequestEnd):
-            self._refuse_known(fact.request)
+        self.known.hear(fact)
         if not isinstance(fact, Gate):
             return None
-        self._identify(fact.source)
         inputs = self.recent.inputs(fact.source)
         net = self.nets.get(fact.layer)
         return None if net is None else self._foresight(net(inputs), fact.layer)
@@ -332,26 +220,6 @@ class Stride(ForecastSeat):
         shares = probabilities(found, int(self.fitted.unit[layer])).max(axis=0)
         forecast = Forecast(layer + self.fitted.stride, shares, chosen(found, width))
         return Foresight([forecast], self.ops, 0)
-
-    # ---- honesty ---------------------------------------------------------------------------------
-
-    def _identify(self, source: LayerEvent) -> None:
-        for slot in source.slots:
-            if slot.request in self.prints:
-                named = source.token_experts[slot.first : slot.first + slot.tokens].reshape(-1)
-                counts = np.bincount(named[named < self.world.experts])
-                share = fingerprint(slot.request, source.layer, counts)
-                self.prints[slot.request] = (self.prints[slot.request] + share) % (1 << 64)
-
-    def _refuse_known(self, request: int) -> None:
-        if self.prints.pop(request, -1) not in self.known:
-            return
-        split = self.fitted.split.removesuffix("@0")
-        mend = f"serve the others alone with --split {split}"
-        raise NotRunError(
-            f"not run: {self.weights} was fitted on request {request}, which this run serves; "
-            f"{mend if split else f'fit on a part of the trace, with `{FIT}`'}"
-        )
 
     # ---- early pre-emption -----------------------------------------------------------------------
 
@@ -391,19 +259,3 @@ class Recent:
             alike = before is not None and len(before) == len(now)
             parts.append(before if alike and before is not None else np.zeros_like(now))
         return np.concatenate(parts, axis=1)
-
-
-class _Net:
-    """One layer's network, as the kernel takes it."""
-
-    def __init__(self, fitted: Predictor, layer: int) -> None:
-        parts = (fitted.w1, fitted.b1, fitted.w2, fitted.b2)
-        self._w1, self._b1, self._w2, self._b2 = (p[layer].astype(np.float64) for p in parts)
-        self._scale = int(fitted.scale[layer])
-
-    def __call__(self, inputs: AnyArray) -> IntArray:
-        return outputs(inputs, self._w1, self._b1, self._scale, self._w2, self._b2)
-
-
-def _nets(fitted: Predictor) -> dict[int, _Net]:
-    return {layer: _Net(fitted, layer) for layer in np.flatnonzero(fitted.samples).tolist()}

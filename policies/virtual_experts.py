@@ -124,6 +124,8 @@ class VirtualExperts(PrefetchSeat):
     """
 
     name = "virtual-experts"
+    source = "ACL 2024, 2024.acl-long.363"
+    cost = "O(T k); O(L E log E) a swap"
     needs = Needs.WEIGHTS | Needs.NORMS | Needs.PAST
     every: str = "request"
     period: int = 1

@@ -13,6 +13,8 @@ class WholeLayer(PrefetchSeat):
     """Prefetches every expert of the layer ``distance`` on."""
 
     name = "whole-layer"
+    source = "DeepSpeed ZeRO-Inference"
+    cost = "O(E)"
     distance: int = 1
 
     def __post_init__(self) -> None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from moesim.errors import UsageError
 from moesim.profile import ModelProfile
 from moesim.real.errors import ExecutionError
+from moesim.real.host_bank import HostBank, zeros
+from moesim.real.kernels import DenseParts, Experts, mlp, numbers_of, said_of, sides
 from moesim.real.memory import Fit, Needs, aligned
 from moesim.real.slots import SlotLedger
 from moesim.types import AnyArray
+from moesim.workload import Row
 
-_SHIFT = 64
-"""Bytes between what two neighbours take of the random block: their contents differ."""
+_RAM = torch.device("cpu")
 
 
 class Cpu:
@@ -29,7 +31,7 @@ class Cpu:
     type that is computed with, so that all bytes that were copied are read: for a profile in bf16
     that is the model's own width, for four-bit experts about a quarter of it.
 
-    verify : compare a slot with the host's expert before and after it computes.
+    bank : the experts. verify : compare a slot with the host's expert before and after it computes.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Cpu:
         threads: int,
         seed: int = 0,
         verify: bool = False,
+        bank: HostBank | None = None,
+        closing: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._ledger = ledger
@@ -49,20 +53,15 @@ class Cpu:
         self._threads = threads
         self._threads_before = torch.get_num_threads()
         self._verify = verify
-        self._type = _compute_type(model.dtype)
-        self._made = torch.Generator().manual_seed(seed % (1 << 63))
+        self._closing = closing
+        self._type = compute_type(model.dtype)
+        self._bank = bank or HostBank(needs.expert_bytes, shared.expert_buffers, self._type, seed)
+        self._slots = {size: zeros(n, aligned(size)).numpy() for size, n in needs.slots.items()}
         try:
-            self._experts = self._bank(needs.expert_bytes, shared.expert_buffers)
-            self._dense = self._bank(needs.dense_bytes, shared.dense_buffers)
-            self._head = self._bank(needs.head_bytes, 1)
-            self._slots = {
-                size: _block(count, aligned(size)) for size, count in needs.slots.items()
-            }
+            self._gated = Experts(model.hidden, self._type, _RAM)
+            self._parts = DenseParts.random(model, needs, shared, self._gated.inputs, seed + 1)
         except RuntimeError as error:
             raise UsageError(f"RAM ran out: {error}; give less --capacity or --ram") from None
-        self._dense_bytes: list[int] = model.dense_bytes_table().tolist()
-        self._inputs = torch.empty(0, model.hidden)
-        self._output = torch.empty(0, model.hidden)
 
     # ---- the copy lane ---------------------------------------------------------------------------
 
@@ -76,27 +75,22 @@ class Cpu:
     def start_computing(self) -> None:
         """The thread that calls computes with ``threads`` from now on, and has done so once."""
         torch.set_num_threads(self._threads)
-        self.dense(0, 1)
-        self._gated(self._host(0), 1)
+        self.dense(0, 1, self._parts.cache.anyone())
+        self.dense(-1, 1, ())
+        self._gated.compute(numbers_of(self._host(0), self._type), 1)
 
-    def dense(self, layer: int, tokens: int) -> None:
-        """One matrix of the dense part's bytes; over the context nothing is computed."""
-        nbytes = self._model.head_bytes if layer < 0 else self._dense_bytes[layer]
-        bank, number = (self._head, 0) if layer < 0 else (self._dense, layer)
-        weights = self._weights(bank[number % len(bank)][:nbytes])
-        width = min(self._model.hidden, weights.numel())
-        if width:
-            with torch.inference_mode():
-                rows = weights.numel() // width
-                functional.linear(
-                    self._tokens(tokens)[:, :width], weights[: rows * width].view(rows, width)
-                )
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
+        """A layer's dense part, or the output head."""
+        if layer < 0:
+            self._parts.head(tokens)
+        else:
+            self._parts.dense(layer, tokens, rows)
 
     def expert(self, key: int, slot: int, tokens: int) -> None:
         """A gated MLP over the bytes in the slot."""
         copy = self._slot(key, slot)
         self._check(key, copy, "before")
-        self._gated(copy, tokens)
+        self._gated.compute(numbers_of(copy, self._type), tokens)
         self._check(key, copy, "while")
 
     # ---- the host's workers ----------------------------------------------------------------------
@@ -104,7 +98,7 @@ class Cpu:
     def host_expert(self, key: int, tokens: int) -> None:
         """A gated MLP over the host's bytes."""
         with torch.inference_mode():
-            mlp(self._tokens(tokens), self._weights(self._host(key)))
+            mlp(self._gated.inputs(tokens), numbers_of(self._host(key), self._type))
 
     # ---- what is said of it ----------------------------------------------------------------------
 
@@ -112,105 +106,71 @@ class Cpu:
         """Banks, and what is computed with."""
         return {
             "kind": "cpu",
-            "expert_buffers": self._shared.expert_buffers,
+            "expert_buffers": self._bank.count,
             "experts": self._model.layers * self._model.experts,
             "dense_buffers": self._shared.dense_buffers,
             "slots": {str(size): count for size, count in self._ledger.slots.items()},
             "compute_dtype": str(self._type).removeprefix("torch."),
-            "expert_width": _shape(int(self._ledger.copy_bytes[0]), self._type, self._model)[1],
-            "context": "not computed",
+            "expert_width": width_of(self._model, self._ledger, self._type),
+            "context": said_of(self._parts.cache),
+            "cache_bytes": self._parts.cache.nbytes,
         }
 
     def facts(self) -> dict[str, Any]:
         """Versions, threads, processor."""
-        return {
-            "torch": torch.__version__,
-            "threads": self._threads,
-            "processor_name": _processor(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-        }
+        return host_facts(self._threads)
+
+    def lend(self, ledger: SlotLedger) -> bool:
+        """Serve another run of the same model and batches from these banks; False: too few slots.
+
+        To fill banks takes longer than a short run.
+        """
+        fits = all(len(self._slots.get(size, ())) >= n for size, n in ledger.slots.items())
+        if fits:
+            self._ledger = ledger
+        return fits
 
     def close(self) -> None:
         """Give the threads back; the memory goes with this object."""
         torch.set_num_threads(self._threads_before)
+        self._closing()
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _bank(self, nbytes: int, count: int) -> AnyArray:
-        """uint8 [count, nbytes rounded up], small normal numbers, each row another part of them."""
-        stride = aligned(nbytes)
-        bank = _block(count, stride)
-        numbers = (stride + count * _SHIFT) // self._type.itemsize + 1
-        random = (torch.randn(numbers, generator=self._made) / 64).to(self._type)
-        block = random.view(torch.uint8).numpy()
-        for row in range(count):
-            bank[row] = block[row * _SHIFT : row * _SHIFT + stride]
-        return bank
-
     def _host(self, key: int) -> AnyArray:
-        expert = self._ledger.expert(key)
-        row: AnyArray = self._experts[expert % len(self._experts)]
-        return row[: self._ledger.copy_bytes[key]]
+        return self._bank.row(self._ledger.expert(key))[: self._ledger.copy_bytes[key]]
 
     def _slot(self, key: int, slot: int) -> AnyArray:
         row: AnyArray = self._slots[self._ledger.bytes_of[key]][slot]
         return row[: self._ledger.copy_bytes[key]]
 
-    def _weights(self, nbytes: AnyArray) -> torch.Tensor:
-        whole = len(nbytes) // self._type.itemsize * self._type.itemsize
-        return torch.from_numpy(nbytes[:whole]).view(self._type)
-
-    def _gated(self, nbytes: AnyArray, tokens: int) -> None:
-        with torch.inference_mode():
-            result = mlp(self._tokens(tokens), self._weights(nbytes))
-            if tokens > len(self._output):
-                self._output = torch.zeros_like(self._tokens(tokens))
-            if result is not None:
-                self._output[:tokens, : result.shape[1]] += result
-
-    def _tokens(self, count: int) -> torch.Tensor:
-        """Inputs of so many tokens; any will do, for routing is forced."""
-        inputs = self._inputs
-        if count > len(inputs):
-            inputs = self._inputs = torch.randn(count, self._model.hidden).to(self._type)
-        return inputs[:count]
-
     def _check(self, key: int, copy: AnyArray, when: str) -> None:
         if self._verify and not np.array_equal(copy, self._host(key)):
-            experts = self._model.experts
-            raise ExecutionError(
-                f"the slot of expert {key // experts}.{key % experts} held other bytes {when} it "
-                "computed"
-            )
+            raise other_bytes(self._model, key, when)
 
 
-def mlp(inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
-    """down(silu(gate(x)) * up(x)); None where the bytes hold no weight of each."""
-    hidden, width = _sides(weights.numel(), inputs.shape[1])
-    if not width:
-        return None
-    split = 2 * width * hidden
-    both = functional.linear(inputs[:, :hidden], weights[:split].view(2 * width, hidden))
-    inner = functional.silu(both[:, :width]) * both[:, width:]
-    return functional.linear(inner, weights[split : 3 * width * hidden].view(hidden, width))
+def other_bytes(model: ModelProfile, key: int, when: str) -> ExecutionError:
+    """A slot does not hold what was copied there."""
+    place = f"{key // model.experts}.{key % model.experts}"
+    return ExecutionError(f"the slot of expert {place} held other bytes {when} it computed")
 
 
-def _shape(nbytes: int, dtype: torch.dtype, model: ModelProfile) -> tuple[int, int]:
-    return _sides(nbytes // dtype.itemsize, model.hidden)
+def width_of(model: ModelProfile, ledger: SlotLedger, dtype: torch.dtype) -> int:
+    """Width of the first expert, as its bytes hold it in a type."""
+    return sides(ledger.copy_bytes[0] // dtype.itemsize, model.hidden)[1]
 
 
-def _sides(numbers: int, hidden: int) -> tuple[int, int]:
-    """(hidden size, width) of three equal matrices made of so many numbers."""
-    hidden = min(hidden, numbers // 3)
-    return hidden, numbers // (3 * hidden) if hidden else 0
+def host_facts(threads: int) -> dict[str, Any]:
+    """Versions, threads, processor."""
+    return {
+        "torch": torch.__version__,
+        "threads": threads,
+        "processor_name": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
-def _block(count: int, stride: int) -> AnyArray:
-    # Written once, so that no page of it is first touched while a run is timed.
-    return torch.empty(count * stride, dtype=torch.uint8).fill_(0).numpy().reshape(count, stride)
-
-
-def _compute_type(dtype: str) -> torch.dtype:
+def compute_type(dtype: str) -> torch.dtype:
     """The profile's type, where the processor multiplies it well."""
     if dtype in ("fp32", "float32"):
         return torch.float32

@@ -16,11 +16,12 @@ from typing import NamedTuple, Self
 
 from moesim.costs import Costs
 from moesim.real.clock import RunClock, wait_until
-from moesim.real.device import Device
+from moesim.real.device import Arrival, Device
 from moesim.real.errors import ExecutionError
 from moesim.real.slots import SlotLedger
 from moesim.serving import COPY, DENSE, EXPERT, HOST, JOB, Report
 from moesim.types import Job
+from moesim.workload import Row
 
 _JOIN_S = 1.0
 """How long a thread may take to stop; one that hangs is left behind, and ends with the process."""
@@ -220,11 +221,11 @@ class Lanes:
         """Report the copy under way at the end of its chunk."""
         self._paused.set()
 
-    def dense(self, layer: int, tokens: int, context: int) -> None:
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         """Compute a layer's dense part; layer -1 is the output head."""
         what = "computing the output head" if layer < 0 else f"the dense part of layer {layer}"
         device = self._device
-        self._computing.give(Task(DENSE, -1, what, lambda: device.dense(layer, tokens)))
+        self._computing.give(Task(DENSE, -1, what, lambda: device.dense(layer, tokens, rows)))
 
     def expert(self, key: int, tokens: int) -> None:
         """Compute an expert on the device, from the copy that is there."""
@@ -289,16 +290,25 @@ class Lanes:
         return self._working if report in (HOST, JOB) else self._computing
 
     def _send(self, key: int, slot: int, ends: Sequence[int], sent: int) -> int:
-        """The copy lane's work: chunks, until the last, a pause, or the end of the run."""
+        """The copy lane's work: chunks, until the last, a pause, or the end of the run.
+
+        A device that copies by itself is given a chunk while the one before moves. The last one is
+        left on its way: what computes from the slot waits for it there.
+        """
         nbytes = self._ledger.copy_bytes[key]
         # The modelled hand-over is what really passes between two copies: it is not waited for.
         ends = [end - self._handover_ns for end in ends]
         chunk = self._chunk or nbytes
         began = time.perf_counter_ns() - (ends[sent - 1] if sent else 0)
+        before: Arrival | None = None
         while sent < len(ends):
-            self._device.copy(key, slot, sent * chunk, min(nbytes, (sent + 1) * chunk))
+            coming = self._device.copy(key, slot, sent * chunk, min(nbytes, (sent + 1) * chunk))
             if self._paced:
+                _arrive(coming)
                 wait_until(began + ends[sent], self._copying.stopped)
+            else:
+                _arrive(before)
+                before = coming
             sent += 1
             self._copying.beat()
             if self._paused.is_set() or self._copying.stopped.is_set():
@@ -325,6 +335,11 @@ class Lanes:
         if lane is self._copying and self._paced:
             return max(self._costs.load_ns(n) for n in set(self._ledger.copy_bytes))
         return self._longest_ns if lane is self._working else 0
+
+
+def _arrive(copy: Arrival | None) -> None:
+    if copy is not None:
+        copy.synchronize()
 
 
 def _death(failed: Failed) -> ExecutionError:

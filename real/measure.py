@@ -8,6 +8,7 @@ from statistics import quantiles
 from typing import Any, NamedTuple, Protocol
 
 from moesim.profile import Memory, ModelProfile
+from moesim.workload import Row
 
 LINK, DENSE, EXPERT, HOST_EXPERT, HEAD = "link", "dense", "expert", "host_expert", "head"
 SYNC, PLAN, HANDOVER, STEP = "sync", "plan", "handover", "step"
@@ -89,7 +90,7 @@ class Bench(Protocol):
 
     @property
     def reads_context(self) -> bool:
-        """Whether the dense part costs more with more context."""
+        """Whether the dense part reads a cache."""
 
     def measure(self, point: Point) -> float:
         """One run of it, in ns."""
@@ -143,6 +144,12 @@ def kinds_of(model: ModelProfile) -> list[tuple[int, int]]:
     for layer, facts in enumerate(zip(*(table.tolist() for table in tables), strict=True)):
         found.setdefault(facts, []).append(layer)
     return [(layers[0], len(layers)) for layers in found.values()]
+
+
+def rows_of(point: Point) -> tuple[Row, ...]:
+    """Who attends: one request, whose newest tokens these are. They see themselves at least."""
+    tokens = min(point.size, CONTEXTS[-1])
+    return (Row(0, tokens, max(tokens, point.context)),)
 
 
 def grid_of(model: ModelProfile, most_tokens: int) -> Grid:

@@ -32,6 +32,7 @@ from moesim.real.measure import (
     ALONE,
     CHUNK_BYTES,
     COMPUTING,
+    CONTEXTS,
     COPYING,
     DENSE,
     EXPERT,
@@ -42,6 +43,7 @@ from moesim.real.measure import (
     LINK,
     Point,
     kinds_of,
+    rows_of,
 )
 from moesim.real.measure_policy import PolicyArithmetic
 from moesim.real.measure_service import bench_model, between, handover, kept_of, serve, world_of
@@ -68,7 +70,6 @@ class CpuBench:
         HOST_EXPERT: (ALONE,),
         HEAD: (ALONE,),
     }
-    reads_context = False
 
     def __init__(
         self, model: ModelProfile, *, threads: int, seed: int = 0, ram_bytes: int | None = None
@@ -76,6 +77,7 @@ class CpuBench:
         self._free_bytes = usable_bytes()
         self._kinds = kinds_of(model)
         self.model = bench_model(model, self._kinds, BANK_BYTES)
+        self.reads_context = bool(self.model.kv_bytes_table().any())
         self._costs = make_costs(self.model, _free_machine())
         self._ledger = SlotLedger(world_of(self.model, self._costs, self._all_slots()), 0)
         ram = self._free_bytes if ram_bytes is None else ram_bytes
@@ -94,9 +96,9 @@ class CpuBench:
         if point.what == LINK:
             return self._link(lanes, point)
         if point.what == DENSE:
-            return self._one(lanes, lambda: lanes.dense(point.kind, point.size, point.context))
+            return self._one(lanes, lambda: lanes.dense(point.kind, point.size, rows_of(point)))
         if point.what == HEAD:
-            return self._one(lanes, lambda: lanes.dense(-1, point.size, 0))
+            return self._one(lanes, lambda: lanes.dense(-1, point.size, ()))
         keys = self._keys(point.kind)
         if point.what == HOST_EXPERT:
             return self._one(lanes, lambda: lanes.host_expert(keys[0], point.size))
@@ -224,17 +226,8 @@ class CpuBench:
 
     def _open(self, whole: ModelProfile, ram: int, threads: int, seed: int) -> Cpu:
         model = self.model
-        needs = Needs(
-            slots=self._ledger.slots,
-            expert_bytes=int(model.expert_bytes_table().max()),
-            experts=self._all_slots(),
-            dense_bytes=int(model.dense_bytes_table().max()),
-            layers=model.layers,
-            head_bytes=model.head_bytes,
-            least_buffers=model.top_k,
-        )
-        fixed = needs.bank_bytes + aligned(model.head_bytes)
-        fixed += model.layers * aligned(needs.dense_bytes)
+        needs = Needs.of(model, self._ledger.slots, positions=CONTEXTS[-1])
+        fixed = needs.fixed_bytes + model.layers * aligned(needs.dense_bytes)
         buffers = min(needs.experts, (ram - fixed) // aligned(needs.expert_bytes))
         if buffers < needs.least_buffers:
             least = fixed + needs.least_buffers * aligned(needs.expert_bytes)

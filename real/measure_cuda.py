@@ -13,18 +13,20 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from moesim.errors import NotRunError, UsageError
+from moesim.errors import UsageError
 from moesim.profile import Memory, ModelProfile
-from moesim.real.cpu import mlp
+from moesim.real.cuda import compute_type, require
+from moesim.real.kernels import DenseParts, Inputs, mlp, said_of
 from moesim.real.measure import (
     ALONE,
     CHUNK_BYTES,
     COMPUTING,
+    CONTEXTS,
     COPYING,
     DENSE,
     EXPERT,
+    HANDOVER,
     HEAD,
     HOST_EXPERT,
     HOSTING,
@@ -32,9 +34,11 @@ from moesim.real.measure import (
     SYNC,
     Point,
     kinds_of,
+    rows_of,
 )
 from moesim.real.measure_cpu import CpuBench
 from moesim.real.measure_service import bench_model
+from moesim.real.memory import Fit, Needs, aligned
 
 _CUDA: Any = torch.cuda
 _DEVICE = "cuda"
@@ -42,28 +46,19 @@ _DEVICE = "cuda"
 BANK_BYTES = 1 << 29
 """Experts to measure with: more than a device caches."""
 PINNED, PAGEABLE = "pinned", "pageable"
-HEAD_DIM = 128
-"""Of attention, where the model's configuration does not say."""
 
 
 class CudaBench:
     """One CUDA device; see ``measure.Bench``."""
 
-    reads_context = True
-
     def __init__(self, model: ModelProfile, *, threads: int, seed: int = 0) -> None:
-        if not _CUDA.is_available():
-            raise NotRunError(
-                "not run: --device cuda: torch finds no CUDA device here; "
-                "use --device cpu, or install torch for this machine's driver"
-            )
+        require(_CUDA)
         self._host_bench = CpuBench(model, threads=threads, seed=seed)
         self._whole = model
         self._kinds = kinds_of(model)
         self.model = bench_model(model, self._kinds, BANK_BYTES)
         self._registered: list[torch.Tensor] = []
-        self._rows: torch.Tensor
-        self._cache: torch.Tensor
+        self.reads_context = bool(self.model.kv_bytes_table().any())
         self._turn = 0
         try:
             self._open(seed)
@@ -100,6 +95,11 @@ class CudaBench:
             routed.record()
         routed.synchronize()
         found[SYNC] += time.perf_counter_ns() - start
+        # A copy is reported while its last chunk moves, so what is handed over meanwhile costs
+        # nothing.
+        last = min(CHUNK_BYTES, len(self._landing))
+        meanwhile = self._timed(self._copying, lambda: self._copy(self._pinned, last))
+        found[HANDOVER] = max(0.0, found[HANDOVER] - meanwhile)
         return found
 
     def rates(self) -> Mapping[str, float]:
@@ -126,7 +126,7 @@ class CudaBench:
             "kind": "cuda",
             "compute_dtype": str(self._type).removeprefix("torch."),
             "pinned": bool(self._registered),
-            "context": "attention over a cache",
+            "context": said_of(self._parts.cache),
         }
 
     def close(self) -> None:
@@ -191,8 +191,8 @@ class CudaBench:
         if point.what == EXPERT:
             return lambda: self._expert(point.kind, point.size)
         if point.what == HEAD:
-            return lambda: self._matrix(self._head, point.size)
-        return lambda: self._dense(point.kind, point.size, point.context)
+            return lambda: self._parts.head(point.size)
+        return lambda: self._parts.dense(point.kind, point.size, rows_of(point), self._turn)
 
     def _expert(self, kind: int, tokens: int) -> None:
         """A gated MLP over the bytes of one of the bank's experts."""
@@ -201,43 +201,7 @@ class CudaBench:
         first = self._turn * width % max(1, len(self._bank) - width)
         # A matrix begins where the kernels like it.
         first -= first % 64
-        mlp(self._inputs(tokens), self._bank[first : first + width])
-
-    def _dense(self, kind: int, tokens: int, context: int) -> None:
-        numbers = int(self.model.dense_bytes_table()[kind]) // self._type.itemsize
-        first = self._turn * numbers % max(1, len(self._weights) - numbers)
-        first -= first % 64
-        self._matrix(self._weights[first : first + numbers], tokens)
-        window = int(self.model.kv_window_table()[kind])
-        read = min(context, window * tokens) if window else context
-        if read and self._heads:
-            self._attend(kind, tokens, read)
-
-    def _matrix(self, weights: torch.Tensor, tokens: int) -> None:
-        width = min(self.model.hidden, weights.numel())
-        rows = weights.numel() // max(1, width)
-        if rows:
-            functional.linear(
-                self._inputs(tokens)[:, :width], weights[: rows * width].view(rows, width)
-            )
-
-    def _attend(self, kind: int, tokens: int, context: int) -> None:
-        """All tokens read the whole cache."""
-        heads, size = self._heads, self._head_dim
-        nbytes = int(self.model.kv_bytes_table()[kind])
-        shared = max(1, min(heads, nbytes // (2 * size * self._type.itemsize)))
-        shared = max(n for n in range(1, shared + 1) if heads % n == 0)
-        need = 2 * shared * context * size
-        if len(self._cache) < need:
-            self._cache = torch.zeros(need, dtype=self._type, device=_DEVICE)
-        keys, values = self._cache[:need].view(2, 1, shared, context, size)
-        asked = self._inputs(tokens).new_zeros(1, heads, tokens, size)
-        functional.scaled_dot_product_attention(asked, keys, values, enable_gqa=shared != heads)
-
-    def _inputs(self, tokens: int) -> torch.Tensor:
-        if tokens > len(self._rows):
-            self._rows = torch.randn(tokens, self.model.hidden, device=_DEVICE).to(self._type)
-        return self._rows[:tokens]
+        mlp(self._parts.inputs(tokens), self._bank[first : first + width])
 
     def _timed(self, stream: Any, work: Callable[[], None]) -> float:
         """ns between two events on a stream, launches and all."""
@@ -252,25 +216,20 @@ class CudaBench:
     # ---- opening ---------------------------------------------------------------------------------
 
     def _open(self, seed: int) -> None:
-        model, config = self.model, dict(self._whole.config)
-        self._type = torch.float32 if model.dtype in ("fp32", "float32") else torch.bfloat16
-        self._head_dim = int(config.get("head_dim", HEAD_DIM))
-        self._heads = int(config.get("num_attention_heads", 0)) or model.hidden // self._head_dim
+        model = self.model
+        self._type = compute_type(model.dtype)
         self._compute, self._copying = _CUDA.Stream(), _CUDA.Stream()
         largest = int(model.expert_bytes_table().max())
         made = torch.Generator(_DEVICE).manual_seed(seed % (1 << 63))
         bank = model.experts * int(model.expert_bytes_table().sum())
         self._bank = self._random(bank, made)
-        dense = int(model.dense_bytes_table().max())
-        self._weights = self._random(dense * min(self._whole.layers, -(-BANK_BYTES // dense)), made)
-        self._head = self._random(model.head_bytes, made)
+        needs = Needs.of(model, {}, positions=CONTEXTS[-1])
+        buffers = min(self._whole.layers, -(-BANK_BYTES // needs.dense_bytes))
+        inputs = Inputs(model.hidden, self._type, torch.device(_DEVICE))
+        self._parts = DenseParts.random(model, needs, Fit(0, buffers), inputs, seed + 1)
         self._landing = torch.empty(largest, dtype=torch.uint8, device=_DEVICE)
-        self._rows = torch.empty(0, model.hidden, device=_DEVICE)
-        self._cache = torch.empty(0, dtype=self._type, device=_DEVICE)
-        self._held = sum(
-            t.numel() * t.element_size()
-            for t in (self._bank, self._weights, self._head, self._landing)
-        )
+        held = buffers * aligned(needs.dense_bytes) + needs.fixed_bytes
+        self._held = held + sum(t.nbytes for t in (self._bank, self._landing))
         self._pageable = torch.zeros(2 * largest, dtype=torch.uint8)
         self._pinned = self._pin(2 * largest)
         # Experts and weights, as a router says them of one token.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesim.errors import UsageError
+from moesim.profile import ModelProfile
 
 ALIGN = 64
 """Slots and buffers begin at whole cache lines, as vector code likes them."""
@@ -25,6 +26,8 @@ class Needs:
     dense_bytes, layers : the largest dense part, and how many there are.
     head_bytes : the output head.
     least_buffers : experts that must lie apart in host memory.
+    position_bytes : of the KV cache, for one position in all layers.
+    sequences, positions : requests of a batch, and positions of the longest.
     """
 
     slots: Mapping[int, int]
@@ -34,11 +37,47 @@ class Needs:
     layers: int
     head_bytes: int
     least_buffers: int
+    position_bytes: int = 0
+    sequences: int = 1
+    positions: int = 0
+
+    @classmethod
+    def of(
+        cls, model: ModelProfile, slots: Mapping[int, int], sequences: int = 1, positions: int = 0
+    ) -> Needs:
+        """Those of a model with such a bank of slots and such a KV cache."""
+        return cls(
+            slots=slots,
+            expert_bytes=int(model.expert_bytes_table().max()),
+            experts=model.layers * model.experts,
+            dense_bytes=int(model.dense_bytes_table().max()),
+            layers=model.layers,
+            head_bytes=model.head_bytes,
+            least_buffers=model.top_k,
+            position_bytes=int(model.kv_bytes_table().sum()),
+            sequences=sequences,
+            positions=positions,
+        )
 
     @property
     def bank_bytes(self) -> int:
         """The bank of slots."""
         return sum(aligned(size) * count for size, count in self.slots.items())
+
+    @property
+    def cache_bytes(self) -> int:
+        """The KV cache."""
+        return self.position_bytes * self.sequences * self.positions
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What of it is never shared."""
+        return self.bank_bytes + self.cache_bytes + aligned(self.head_bytes)
+
+    @property
+    def fewest(self) -> int:
+        """Experts that must lie apart."""
+        return min(self.least_buffers, self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +97,52 @@ def fit(needs: Needs, ram_bytes: int, capacity: str) -> Fit:
         If not even the least of it fits, naming what is needed and what there is.
     """
     expert, dense = aligned(needs.expert_bytes), aligned(needs.dense_bytes)
-    least = min(needs.least_buffers, needs.experts)
-    fixed = needs.bank_bytes + aligned(needs.head_bytes)
-    if fixed + least * expert + dense > ram_bytes:
+    least = needs.fewest
+    if needs.fixed_bytes + least * expert + dense > ram_bytes:
+        rest = least * expert + dense + needs.fixed_bytes - needs.bank_bytes
         raise UsageError(
             f"--capacity {capacity}: the bank of slots takes {_gb(needs.bank_bytes)}, and "
-            f"{least} experts in host memory, one dense part and the output head "
-            f"{_gb(least * expert + dense + aligned(needs.head_bytes))} at the least, but "
-            f"{_gb(ram_bytes)} of RAM may be used; give less --capacity, a smaller --costs model, "
-            "or more --ram"
+            f"{least} experts in host memory, one dense part, the output head and the KV cache "
+            f"{_gb(rest)} at the least, but {_gb(ram_bytes)} of RAM may be used; give less "
+            "--capacity, a smaller --costs model, or more --ram"
         )
-    left = ram_bytes - fixed
+    left = ram_bytes - needs.fixed_bytes
     # Sharing dense weights distorts less than sharing experts, so those come first.
     experts = min(needs.experts, max(least, (left - dense) // max(1, expert)))
     left -= experts * expert
     return Fit(experts, min(needs.layers, max(1, left // max(1, dense))))
+
+
+def fit_beside(needs: Needs, device_bytes: int, ram_bytes: int, capacity: str) -> Fit:
+    """The same where the slots, dense parts and the KV cache lie in a device's own memory, and
+    only the experts in RAM.
+
+    Raises
+    ------
+    UsageError
+        If the device's memory or RAM does not hold the least of it. A bank is never made smaller
+        than was asked for: that would be another run.
+    """
+    expert, dense = aligned(needs.expert_bytes), aligned(needs.dense_bytes)
+    if needs.fixed_bytes + dense > device_bytes:
+        rest = needs.fixed_bytes - needs.bank_bytes + dense
+        slot = max(map(aligned, needs.slots))
+        raise UsageError(
+            f"--capacity {capacity}: the bank of slots takes {_gb(needs.bank_bytes)} and a dense "
+            f"part, the output head and the KV cache {_gb(rest)}, but {_gb(device_bytes)} of the "
+            f"device's memory are free; give --capacity {max(0, device_bytes - rest) // slot} "
+            "experts or less, a smaller --batch, or end what else uses the device"
+        )
+    if needs.fewest * expert > ram_bytes:
+        raise UsageError(
+            f"--ram: {needs.fewest} experts in host memory take {_gb(needs.fewest * expert)}, but "
+            f"{_gb(ram_bytes)} of RAM may be used; give more --ram, or a smaller --costs model"
+        )
+    left = device_bytes - needs.fixed_bytes
+    return Fit(
+        min(needs.experts, ram_bytes // max(1, expert)),
+        min(needs.layers, max(1, left // max(1, dense))),
+    )
 
 
 def aligned(nbytes: int) -> int:

@@ -17,6 +17,7 @@ from moesim.errors import UsageError
 from moesim.real.experts_parcel import Experts, Parcel
 from moesim.real.memory import usable_bytes
 from moesim.real.slots import SlotLedger
+from moesim.workload import Row
 
 Tensor = torch.Tensor
 Views = Mapping[str, Tensor]
@@ -189,7 +190,7 @@ class SlotBank:
     def start_computing(self) -> None:
         """The model computes in its own thread."""
 
-    def dense(self, layer: int, tokens: int) -> None:
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         """The model does that."""
         raise NotImplementedError
 

@@ -3,12 +3,17 @@
 The thread that runs the model and the one that serves it (``offload_serve``) take turns. The model
 *arrives* (at a gate, at the next forward pass, at the end of a batch); the server answers with
 tasks, and last with the word to go on. Copies and work on the host go on beside.
+
+*Steady* lanes report a copy only where the server waits for one and nothing computes. What is
+resident at a gate then depends on what was decided alone, never on how long anything took.
 """
 
 from __future__ import annotations
 
 import queue
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from moesim.costs import Costs
@@ -18,6 +23,7 @@ from moesim.real.lanes import Failed, Lane, Lanes, Task
 from moesim.real.offload_bank import SlotBank, Views
 from moesim.real.slots import SlotLedger
 from moesim.serving import DENSE, EXPERT, Report
+from moesim.workload import Row
 
 _NEVER_NS = 1 << 62
 _TURN_S = 0.5
@@ -39,6 +45,7 @@ class OffloadLanes(Lanes):
     """The lanes of an offloaded model.
 
     ``layer`` : what the newest gate asked for; its experts are the tasks.
+    ``steady`` : whether reports come in an order that no clock decides.
     """
 
     def __init__(
@@ -50,9 +57,13 @@ class OffloadLanes(Lanes):
         paced: bool,
         watchdog_s: float,
         workers: int,
+        steady: bool = False,
     ) -> None:
         device: Device = bank
         super().__init__(device, ledger, costs, paced=paced, watchdog_s=watchdog_s, workers=workers)
+        self.steady = steady
+        self._held: deque[Report] = deque()
+        """Reports that wait for the computing to end."""
         self.layer: Computes | None = None
         self.arrived: Any = None
         """Where the model has come to."""
@@ -75,7 +86,7 @@ class OffloadLanes(Lanes):
 
     # ---- the server's side -----------------------------------------------------------------------
 
-    def dense(self, layer: int, tokens: int, context: int) -> None:
+    def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         """Let the model go on, until it arrives somewhere."""
         self._computing.give(Task(DENSE, -1, "the model between two gates", lambda: None))
 
@@ -91,11 +102,16 @@ class OffloadLanes(Lanes):
 
         self._give(self._computing, EXPERT, key, "computing", compute)
 
+    def pause(self) -> None:
+        """Report the copy under way at the end of its chunk; steady, at its own end."""
+        if not self.steady:
+            super().pause()
+
     def next(self) -> Report:
         """Wait for the next report."""
         self._asked_ns = None
         try:
-            return super().next()
+            return self._next_steady() if self.steady else super().next()
         finally:
             self._asked_ns = time.perf_counter_ns()
 
@@ -157,6 +173,15 @@ class OffloadLanes(Lanes):
         self._door.put(error)
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _next_steady(self) -> Report:
+        """What the model's thread has ended; the others' reports once it has nothing to do."""
+        while self._computing.given:
+            report = super().next()
+            if report.lane in (DENSE, EXPERT):
+                return report
+            self._held.append(report)
+        return self._held.popleft() if self._held else super().next()
 
     def _turn(self) -> Task | None:
         """The next task; a policy that does not answer is found out."""

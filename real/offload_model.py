@@ -25,7 +25,7 @@ import torch
 
 from moesim.configuration import blaming
 from moesim.errors import UsageError
-from moesim.factlog import FACTS, FactLog, LoggedDeeds, Watched, world_facts
+from moesim.factlog import FACTS, FactLog, LoggedDeeds, Watched
 from moesim.protocol import Policy, restrict
 from moesim.real.errors import ExecutionError
 from moesim.real.experts_parcel import Experts, Forward, experts_of, register
@@ -142,7 +142,7 @@ class Offloading:
             self.meta = _meta(loaded, gates)
             self.gates: Gates = gates
             self.live = LiveGates(gates, calls, self.meta)
-            self.asked = self._looked_up(options)
+            self.asked, self._options = self._looked_up(options), options
         self.bank = HostBank(self.experts, pin=device.type == "cuda")
         refuse_short_ram(self.bank.nbytes if folder is not None else 0)
         if folder is None:
@@ -176,10 +176,13 @@ class Offloading:
 
     def change(self, **options: Any) -> None:
         """End the run, and go on with other options, from a cold cache."""
-        asked = self._looked_up(replace(self.asked.options, **options))
+        if {"policy", "capacity"} & options.keys():
+            options = {"plan": None, **options}
+        changed = replace(self._options, **options)
+        asked = self._looked_up(changed)
         if self.run is not None:
             self.finish()
-        self.asked = asked
+        self.asked, self._options = asked, changed
 
     # ---- for the model's thread ------------------------------------------------------------------
 
@@ -249,6 +252,7 @@ class Run:
                 self.asked.costs,
                 paced=options.paced,
                 watchdog_s=options.watchdog_s,
+                steady=options.steady,
                 workers=min(self.asked.hardware.host.workers, os.cpu_count() or 1),
             )
         except BaseException:
@@ -301,6 +305,7 @@ class Run:
             "measured": True,
             "device": self.bank.manifest(),
             "paced": self.asked.options.paced,
+            "steady": self.asked.options.steady,
             "link_bytes_per_s": moved * 1e9 / busy_ns if busy_ns else None,
             **made,
         }
@@ -310,7 +315,7 @@ class Run:
     def _server(self, setup: Any) -> LiveServer:
         log = self._log
         if log is not None:
-            log.header(world=world_facts(restrict(setup.world, setup.policy.needs)))
+            log.header(restrict(setup.world, setup.policy.needs))
         return LiveServer(
             setup,
             self.lanes,
@@ -320,6 +325,7 @@ class Run:
             timeline=self.asked.options.timeline,
             bending=self._bending(),
             rested=_idle if log is None else log.flush,
+            wants_rest=_never if log is None else lambda: log.full,
         )
 
     def _serve(self) -> None:
@@ -404,6 +410,10 @@ def _unheard(report: Report) -> None:
 
 def _idle() -> None:
     pass
+
+
+def _never() -> bool:
+    return False
 
 
 # ---- the model's thread --------------------------------------------------------------------------

@@ -5,11 +5,11 @@ The counterpart of ``moesim.configuration`` for runs without a trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from moesim.costs import Costs, make_costs
 from moesim.errors import NotRunError, UsageError
 from moesim.past import Past, past_facts
 from moesim.profile import HardwareProfile, load_hardware
-from moesim.protocol import Policy, SeatPolicy, World, initially
+from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.real.offload_bank import HostBank
 from moesim.registry import PolicySpec, resolve
 from moesim.result import source_digest
@@ -31,22 +31,49 @@ from moesim.types import ExpertId, IntArray, Needs
 from moesim.workload import Inputs, StaticBatch
 
 
+class Decided(Protocol):
+    """The part of a plan that determines a run (``moesim.plan.file.Planned``)."""
+
+    @property
+    def policy(self) -> str:
+        """Its name."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """As ``--set``."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """With the experts that are there at the start."""
+
+
+class PlanLike(Protocol):
+    """What `moesim plan` decided (``moesim.plan.file.load_plan`` reads one)."""
+
+    def run(self, layers: int, experts: int, expert_bytes: Sequence[int]) -> Decided:
+        """What a model of this shape is given. Raises UsageError if the plan is for another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How an offloaded model is served. Names are those of the command line.
 
     policy : a name, ``module:Class``, or what makes a fresh policy.
+    capacity : as on the command line, or one that is read already.
     settings : as ``--set``: ``seat=name`` or ``seat.parameter=value``.
     hardware : profile of the link's chunks and latency, by name or path.
     paced : copies take at least the time that the profile's link takes.
     calibration : a trace that policies learn from.
     initial : cold, static, policy or file, with ``initial_experts``; "": as the policy is made for.
+    plan : decides policy, capacity and first residents, and settings before ``settings``.
+    steady : copies take effect where an expert is waited for and where a pass ends, so that what a
+        policy decides does not depend on time. For qualities: times then mean nothing.
     watchdog_s : how long a thread, or the policy, may be silent with work under way.
     out : where to keep each run, with its fact log.
     """
 
     policy: str | Callable[[], Policy] = "lru"
-    capacity: str = "25%"
+    capacity: str | Capacity = "25%"
     settings: tuple[str, ...] = ()
     scope: str = "global"
     hardware: str | HardwareProfile = "rtx4090"
@@ -58,6 +85,8 @@ class Options:
     watchdog_s: float = 120.0
     timeline: bool = False
     out: Path | None = None
+    plan: PlanLike | None = None
+    steady: bool = False
 
 
 class Asked:
@@ -70,23 +99,48 @@ class Asked:
     """
 
     def __init__(self, options: Options, meta: TraceMeta) -> None:
+        if options.steady and options.out is not None:
+            raise UsageError("--out: a steady run has no order of reports to follow; leave it out")
         self.options = options
         self.meta = meta
         self.model = meta.model
         hardware = options.hardware
         self.hardware = load_hardware(hardware) if isinstance(hardware, str) else hardware
         self.costs: Costs = make_costs(self.model, self.hardware)
-        self.spec = _spec(options)
-        self.capacity: Capacity = parse_capacity(
-            options.capacity, options.scope, self.model.expert_bytes_table(), meta.experts
+        self.capacity: Capacity
+        if options.plan is not None:
+            self.options = options = self._planned(options.plan)
+        given = options.capacity
+        self.capacity = (
+            given
+            if isinstance(given, Capacity)
+            else parse_capacity(given, options.scope, self.model.expert_bytes_table(), meta.experts)
         )
+        self.spec = _spec(options)
         policy = self.build()
+        if has_mixed(policy):
+            raise NotRunError(
+                f"not run: {self.name} executes experts in low precision, and real execution holds "
+                "one; replay it"
+            )
         distances = policy.prefetch.distances if isinstance(policy, SeatPolicy) else (1,)
         self.inputs = Inputs(policy.needs, distances)
         self.lossy = policy.lossy
         if self.lossy:
             # Bent routing is weighed by the gate.
             self.inputs = Inputs(policy.needs | Needs.GATE, distances)
+
+    def _planned(self, plan: PlanLike) -> Options:
+        """The options with what the plan decided."""
+        sizes = self.model.expert_bytes_table().tolist()
+        decided = plan.run(self.meta.layers, self.meta.experts, sizes)
+        return replace(
+            self.options,
+            policy=decided.policy,
+            capacity=decided.capacity,
+            settings=(*decided.settings, *self.options.settings),
+            plan=None,
+        )
 
     @property
     def name(self) -> str:
@@ -160,6 +214,8 @@ class Asked:
     @property
     def initial_kind(self) -> str:
         """cold, static, policy, file or all."""
+        if self.capacity.starts is not None:
+            return "file"
         return self.spec.initial if self.spec.initial == "all" else self._asked_initial
 
     @property
@@ -171,7 +227,7 @@ class Asked:
         if kind == "cold":
             return [], True
         if kind == "file":
-            return fitting(self.options.initial_experts, world, "slots"), False
+            return fitting(self._listed, world, "slots"), False
         if kind == "all":
             return fitting(range(world.size), world, "slots"), False
         if kind == "policy":
@@ -179,6 +235,12 @@ class Asked:
             inner = getattr(policy, "inner", policy)
             return fitting(initially(inner, world), world, "slots"), True
         return fitting(self._most_used(), world, "slots"), True
+
+    @property
+    def _listed(self) -> tuple[ExpertId, ...]:
+        """The first residents by name: those of a plan, or of a file."""
+        starts = self.capacity.starts
+        return self.options.initial_experts if starts is None else starts
 
     def _most_used(self) -> list[ExpertId]:
         past = self._past
@@ -221,7 +283,7 @@ class Asked:
             "seed": options.seed,
             "allowed": [],
             "initial": self.initial_kind,
-            "initial_experts": list(options.initial_experts),
+            "initial_experts": list(self._listed),
             "calibration": calibration.meta.digest if calibration else None,
             "split": None,
             "routing": "free",

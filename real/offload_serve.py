@@ -210,18 +210,21 @@ class Bending:
 class LiveServer(Server):
     """Serves one model as it generates.
 
-    ``rested`` is called whenever a batch has ended and the clock stands still.
+    ``rested`` is called whenever a batch has ended and the clock stands still; between two passes
+    too where ``wants_rest`` says so and nothing moves on the link.
     """
 
     lanes: OffloadLanes
 
     def __init__(
         self, *args: Any, bending: Bending | None = None,
-        rested: Callable[[], None] = lambda: None, **kwargs: Any,
+        rested: Callable[[], None] = lambda: None,
+        wants_rest: Callable[[], bool] = lambda: False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self._bending = bending
         self._rested = rested
+        self._wants_rest = wants_rest
         self._steps = 0
 
     def serve(self) -> None:
@@ -234,13 +237,20 @@ class LiveServer(Server):
             while begun is not None:
                 self._live_step(begun)
                 begun = self.lanes.arrived
-            self._spend("plan", self.now())
-            self.lanes.rest()
-            self.lanes.layer = None
-            self._rested()
+                if begun is not None and self._wants_rest() and not self.loads.sending:
+                    self._rest()
+                    self.lanes.resume()
+            self._rest()
             self.lanes.released()
         self.lanes.resume()
         self._finish()
+
+    def _rest(self) -> None:
+        """The clock stands still from here on."""
+        self._spend("plan", self.now())
+        self.lanes.rest()
+        self.lanes.layer = None
+        self._rested()
 
     def _live_step(self, begun: Pass) -> None:
         parts = tuple(
@@ -254,9 +264,12 @@ class LiveServer(Server):
         tokens = sum(part.last for part in step.parts) + step.padding
         while True:
             # Where the model will arrive, it alone knows; the layer is told for the timeline.
-            self._compute_dense(self._layer, tokens, 0)
+            self._compute_dense(self._layer, tokens, ())
             call = self.lanes.arrived
             if not isinstance(call, LayerCall):
+                if self.lanes.steady:
+                    # All that was planned in a pass is there when it ends, before the next plan.
+                    self._wait(lambda: not self.loads.sending)
                 return
             self._live_event(step, call)
 

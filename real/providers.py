@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesim.errors import NotRunError, TraceError
+from moesim.errors import NotRunError, TraceError, UsageError
 from moesim.real.errors import ExecutionError
 from moesim.traces.gate_taps import Seen
 from moesim.traces.gates import (
@@ -101,6 +101,7 @@ class LiveGates:
         needs = inputs.needs
         router = type(self.layers[0].router).__name__
         if Needs.GATE in needs:
+            self._refuse_broken()
             if any(layer.logits is None for layer in self.layers):
                 raise NotRunError(f"not run: {name} needs GATE, and {router} shows no logits")
             if not self._meta.score.startswith(("softmax", "sigmoid")):
@@ -115,6 +116,15 @@ class LiveGates:
             )
         if Needs.FUTURE in needs:
             raise NotRunError(f"not run: {name} needs FUTURE, which no live run has")
+
+    def _refuse_broken(self) -> None:
+        """UsageError for gates with NaN among their weights: nothing can be understood of them."""
+        for layer in self.layers:
+            if any(bool(weight.isnan().any()) for weight in layer.router.parameters()):
+                raise UsageError(
+                    f"{layer.name}: the weights of its gate hold NaN; see what is wrong with the "
+                    "checkpoint"
+                )
 
     # ---- the layer under way ---------------------------------------------------------------------
 

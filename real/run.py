@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from moesim.configuration import Configuration, Request, blaming
 from moesim.errors import NotRunError, UsageError
-from moesim.factlog import FACTS, FactLog, LoggedDeeds, Watched, world_facts
+from moesim.factlog import FACTS, FactLog, LoggedDeeds, Watched
 from moesim.protocol import restrict
 from moesim.real.device import KINDS, Device
 from moesim.real.lanes import Lanes
-from moesim.real.memory import Needs, fit, usable_bytes
 from moesim.real.slots import SlotLedger
 from moesim.result import RunStore, digest_of, host_facts
 from moesim.serving import Server, Setup
 from moesim.summary import summarise
 from moesim.tally import RequestTimes, Tally
 from moesim.timeline import chrome_events
+
+if TYPE_CHECKING:
+    from moesim.real.banks import HeldBank
 
 Progress = Callable[[int, int], None]
 """Called with (requests served, requests in all)."""
@@ -86,38 +89,61 @@ def execute(
 
 
 def open_banks(request: RealRequest, configuration: Configuration, ledger: SlotLedger) -> Device:
-    """The device asked for, its banks sized to the RAM and filled."""
+    """The device asked for, its banks sized to the memory that is free, and filled."""
+    banks = Banks()
     try:
-        from moesim.real.cpu import Cpu
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise NotRunError(
-            "not run: real execution needs torch, which is not installed; "
-            "`pip install 'moesim[real]'` installs it"
-        ) from None
-    model = configuration.model
-    sizes = model.expert_bytes_table()
-    needs = Needs(
-        slots=ledger.slots,
-        expert_bytes=int(sizes.max()),
-        experts=model.layers * model.experts,
-        dense_bytes=int(model.dense_bytes_table().max()),
-        layers=model.layers,
-        head_bytes=model.head_bytes,
-        least_buffers=model.top_k,
-    )
-    ram = usable_bytes() if request.ram_bytes is None else request.ram_bytes
-    shared = fit(needs, ram, configuration.capacity.text)
-    return Cpu(
-        model,
-        ledger,
-        needs,
-        shared,
-        threads=request.threads or max(1, (os.cpu_count() or 1) - 1),
-        seed=configuration.request.seed,
-        verify=request.verify,
-    )
+        return banks.open(request, configuration, ledger, closing=banks.close)
+    except BaseException:
+        banks.close()
+        raise
+
+
+class Banks:
+    """Opens devices. The experts in host memory outlive them, so that one process may serve many
+    runs of a model."""
+
+    def __init__(self) -> None:
+        self._held: HeldBank | None = None
+
+    def open(
+        self,
+        request: RealRequest,
+        configuration: Configuration,
+        ledger: SlotLedger,
+        closing: Callable[[], None] = lambda: None,
+    ) -> Device:
+        """A device with full banks; ``closing`` is called when it closes.
+
+        Raises
+        ------
+        MoesimError
+            If torch or the device is not there, or what is asked for does not fit.
+        """
+        try:
+            from moesim.real.banks import HeldBank, open_device
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise NotRunError(
+                "not run: real execution needs torch, which is not installed; "
+                "`pip install 'moesim[real]'` installs it"
+            ) from None
+        if self._held is None:
+            self._held = HeldBank(request.device)
+        return open_device(self._held, request, configuration, ledger, closing)
+
+    def close(self) -> None:
+        """Give the experts' memory back."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
+
+
+class _Said(NamedTuple):
+    """What a device said of itself before it closed."""
+
+    manifest: dict[str, Any]
+    facts: dict[str, Any]
 
 
 class _Execution:
@@ -132,7 +158,8 @@ class _Execution:
         if self.store is None:
             return self._run(simulate, None, None)
         # Everything is written beside, and moved when it is whole.
-        beside = Path(tempfile.mkdtemp(prefix=".real-", dir=self.store.root))
+        _sweep(self.store.root)
+        beside = Path(tempfile.mkdtemp(prefix=f"{_mine()}{os.getpid()}-", dir=self.store.root))
         log = FactLog(beside / FACTS)
         try:
             return self._run(simulate, beside, log)
@@ -153,14 +180,15 @@ class _Execution:
         try:
             with blaming(configuration.spec):
                 server = self._serve(setup, ledger, device, log)
+            said = _Said(device.manifest(), device.facts())
         finally:
             device.close()
         wall_s = time.perf_counter() - started
-        summary = self._summary(server.tally, device)
+        summary = self._summary(server.tally, said)
         if simulate is not None:
             with blaming(configuration.spec):
                 summary["simulated"] = simulate(configuration, policy.loads)
-        folder = self._keep(beside, summary, server, device, wall_s) if beside else None
+        folder = self._keep(beside, summary, server, said, wall_s) if beside else None
         return configuration.answer({**summary, "run_dir": str(folder) if folder else None})
 
     def _serve(
@@ -169,7 +197,7 @@ class _Execution:
         """The run itself."""
         costs, request = setup.costs, self.request
         if log is not None:
-            log.header(world=world_facts(restrict(setup.world, setup.policy.needs)))
+            log.header(restrict(setup.world, setup.policy.needs))
         with Lanes(
             device,
             ledger,
@@ -206,15 +234,16 @@ class _Execution:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def _summary(self, tally: Tally, device: Device) -> dict[str, Any]:
+    def _summary(self, tally: Tally, said: _Said) -> dict[str, Any]:
         summary = summarise(tally)
-        moved = summary["bytes_loaded"] + summary["initial_bytes"]
-        busy_ns = summary["link_busy_ns"]
+        # A device with a clock of its own knows better than the thread that hears of it.
+        moved = said.facts.get("link_bytes", summary["bytes_loaded"] + summary["initial_bytes"])
+        busy_ns = said.facts.get("link_ns", summary["link_busy_ns"])
         return {
             **self.configuration.facts(),
             "engine": "real",
             "measured": True,
-            "device": device.manifest(),
+            "device": said.manifest,
             "paced": self.request.paced,
             "link_bytes_per_s": moved * 1e9 / busy_ns if busy_ns else None,
             **summary,
@@ -225,7 +254,7 @@ class _Execution:
         beside: Path,
         summary: Mapping[str, Any],
         server: Server,
-        device: Device,
+        said: _Said,
         wall_s: float,
     ) -> Path:
         """Write the run's folder; every repeat has its own."""
@@ -233,7 +262,7 @@ class _Execution:
         manifest = {
             **self.configuration.manifest(),
             "engine": "real",
-            "device": device.manifest(),
+            "device": said.manifest,
             "paced": self.request.paced,
             "repeat": 0,
         }
@@ -247,7 +276,7 @@ class _Execution:
             summary,
             [request_row(times) for times in server.tally.requests],
             None if spans is None else chrome_events(spans, self.configuration.meta.experts),
-            {**host_facts(wall_s), **device.facts(), **self._paths()},
+            {**host_facts(wall_s), **said.facts, **self._paths()},
         )
         (beside / FACTS).rename(folder / FACTS)
         return folder.rename(self.store.path(run_id))
@@ -259,6 +288,29 @@ class _Execution:
             "trace_path": str(what.trace.resolve()),
             "calibration_path": str(calibration.resolve()) if calibration else None,
         }
+
+
+def _mine() -> str:
+    """What the folders of this machine's runs begin with while they are not whole."""
+    return f".real-{platform.node()}-"
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed runs of this machine left behind."""
+    for left in root.glob(f"{_mine()}*"):
+        number = left.name.removeprefix(_mine()).partition("-")[0]
+        if number.isdecimal() and not _lives(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def run_id_of(manifest: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from moesim.past import Past, past_facts
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.protocol import initially
 from moesim.registry import PolicySpec, resolve
-from moesim.shape import expert_norms
+from moesim.shape import all_precisions, expert_norms
 from moesim.tally import Tally
 from moesim.types import Needs, Plan, State
 from moesim.workload import (
@@ -117,7 +117,7 @@ def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
         layers=case.meta.layers,
         experts=case.meta.experts,
         top_k=case.meta.top_k,
-        expert_bytes=case.model.expert_bytes_table()[None, :],
+        expert_bytes=all_precisions(case.model),
         capacity_bytes=case.capacity_bytes,
         scope="layer" if case.meta.layers == 1 else case.scope,
         decode_from=case.meta.stack_ranges()[-1][1],
@@ -125,6 +125,7 @@ def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
         costs=costs,
         calibration=future.counts if Needs.CALIBRATION in policy.needs else None,
         expert_norms=expert_norms(case.meta),
+        expert_parts=case.meta.expert_parts,
         past=past_of(case, inputs_of(policy)) if Needs.PAST in policy.needs else None,
         future=future if Needs.FUTURE in policy.needs else None,
     )
@@ -217,7 +218,9 @@ class Watch:
     def __init__(self, engine: ReferenceEngine, case: Case) -> None:
         self.engine = engine
         self.case = case
-        self.booked = case.booked()
+        precisions = range(len(case.model.precisions))
+        self.booked = [n for p in precisions for n in case.booked(p)]
+        """By (precision, layer)."""
         self.records: list[Record] = []
         self.answers: list[tuple[int, str]] = []
         self._uncomputed: set[int] = set()
@@ -247,7 +250,7 @@ class Watch:
         held = [0] * len(ledger.capacity)
         for key in np.flatnonzero(ledger.state >= 2).tolist():
             if key not in staged:
-                held[self._cache(key)] += self.booked[self._layer(key)]
+                held[self._cache(key)] += self.booked[key // self.case.meta.experts]
         assert held == ledger.used, "I3: the ledger's books are wrong"
         over = [h > c for h, c in zip(held, ledger.capacity, strict=True)]
         assert not any(over), f"I3: {held} bytes held of {ledger.capacity}"
@@ -285,14 +288,17 @@ class Watch:
             if expires <= link.event or priority < transfer.priority:
                 free.add(key)
         if policy.bypass and free:
-            worth = policy.scores(np.array([transfer.key, *sorted(free)]), link.event)
+            worth = self.engine.answers.scores([transfer.key, *sorted(free)])
             free = {k for k, w in zip(sorted(free), worth[1:], strict=True) if w < worth[0]}
         return self._room(transfer.key, free)
 
     def _room(self, key: int, may_go: set[int]) -> bool:
         ledger, cache = self.engine.ledger, self._cache(key)
-        freed = sum(self.booked[self._layer(k)] for k in may_go - ledger.pinned)
-        return ledger.capacity[cache] - ledger.used[cache] + freed >= self.booked[self._layer(key)]
+        freed = sum(self.booked[k // self.case.meta.experts] for k in may_go - ledger.pinned)
+        return (
+            ledger.capacity[cache] - ledger.used[cache] + freed
+            >= self.booked[key // self.case.meta.experts]
+        )
 
     def _log(self, inner: Callable[..., None], what: int, *words: int) -> None:
         inner(what, *words)
@@ -324,7 +330,7 @@ class Watch:
         inner(key)
 
     def _layer(self, key: int) -> int:
-        return key // self.case.meta.experts
+        return key // self.case.meta.experts % self.case.meta.layers
 
     def _cache(self, key: int) -> int:
         return self._layer(key) if len(self.engine.ledger.capacity) > 1 else 0
@@ -361,4 +367,5 @@ class Recorder:
 
     def note(self, fact: Any) -> None:
         self.inner.note(fact)
-        self.answers.append((self.event, repr(fact)))
+        # What a gate drops is noted before the policy hears of the gate.
+        self.answers.append((max(self.event, fact.event), repr(fact)))

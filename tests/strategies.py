@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from moesim.traces.reader import RequestFacts, RequestRows, iteration_starts
 from moesim.traces.schema import TraceMeta
 from moesim.types import DROPPED, AnyArray, Needs, Phase
 
-FITTED = ("stride",)
+FITTED = ("stride", "token-net")
 """Prefetch seats that run with a file which `moesim fit` wrote, and not without."""
 
 LOSSLESS = [
@@ -47,6 +47,7 @@ LOSSLESS = [
 
 DEMAND_ONLY = [name for name, preset in PRESETS.items() if preset.prefetch == "none"]
 BOUNDS = ["min", "min-bypass", "look-ahead", "hindsight", "static", "cpu", "fiddler", "hot-set"]
+BOUNDS = [*BOUNDS, "pregated", "draft", "static-lru", "ktransformers"]
 """What sees the whole run, wholly or as calibration in hindsight."""
 
 KEEPS, PREFETCHES, MISSES = (
@@ -54,6 +55,20 @@ KEEPS, PREFETCHES, MISSES = (
     for kind in ("keep", "prefetch", "miss")
 )
 PREFETCHES = [name for name in PREFETCHES if name not in FITTED]
+
+PRICED = [
+    name for name, preset in PRESETS.items() if Needs.COSTS in seat_class("miss", preset.miss).needs
+]
+"""What serves a miss by the cost table."""
+
+
+def trios(
+    keeps: Sequence[str], prefetches: Sequence[str], misses: Sequence[str]
+) -> list[tuple[str, str, str]]:
+    """A third of all (keep, prefetch, miss), with every two seats together in some of them."""
+    places = product(*(range(len(known)) for known in (keeps, prefetches, misses)))
+    return [(keeps[k], prefetches[p], misses[m]) for k, p, m in places if (k + p + m) % 3 == 0]
+
 
 WATCHED = Options(check=True, timeline=True)
 
@@ -88,11 +103,13 @@ class Case:
         """The scope of the capacity."""
         return "layer" if len(self.capacity_bytes) > 1 else "global"
 
-    def booked(self) -> list[int]:
+    def booked(self, precision: int = 0) -> list[int]:
         """Bytes that the allocator books for an expert of each layer."""
-        sizes: list[int] = self.model.expert_bytes_table().tolist()
-        slots = self.options.allocator == "slots" and self.scope == "global"
-        return [max(sizes)] * len(sizes) if slots else sizes
+        full: list[int] = self.model.expert_bytes_table().tolist()
+        if self.options.allocator == "slots":
+            return [max(full)] * len(full) if self.scope == "global" else full
+        sizes: list[int] = self.model.expert_bytes_table(precision).tolist()
+        return sizes
 
     def __repr__(self) -> str:
         asked = [
@@ -206,7 +223,7 @@ def rows_of(
         layer=table[:, 2].astype(np.int16),
         phase=table[:, 3].astype(np.uint8),
         experts=experts,
-        ahead={} if ahead is None else {d: np.array(ahead, np.uint16) for d in (1, 2)},
+        ahead={} if ahead is None else {d: np.array(ahead, np.uint16) for d in (1, 2, 3)},
         facts=RequestFacts(arrival_ns=arrival_ns),
         **(inputs_of(request, iterations, experts, wide) if wide else {}),
     )
@@ -241,7 +258,7 @@ def full_meta(model: ModelProfile) -> TraceMeta:
     norms = 1 + np.arange(model.layers * model.experts).reshape(model.layers, -1) % 7 / 8
     return TraceMeta(
         model=replace(model, score="softmax"),
-        ahead={1: model.top_k, 2: model.top_k},
+        ahead=dict.fromkeys((1, 2, 3), model.top_k),
         has_weights=True,
         has_gate=True,
         has_norms=True,

@@ -18,11 +18,11 @@ from moesim.errors import UsageError
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
 from moesim.policy import PlainPolicy
-from moesim.protocol import PrefetchSeat
+from moesim.protocol import SEAT_KINDS, PrefetchSeat
 from moesim.registry import resolve, seat_class
 from moesim.types import Needs
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
-from tests.strategies import FITTED, Case, cases, decode_case, machine, specs
+from tests.strategies import FITTED, Case, cases, decode_case, machine, specs, trios
 from tests.test_laws import mixed_case
 
 
@@ -66,10 +66,20 @@ KEEP, PREFETCH, MISS = (
 )
 
 
+def seated() -> list[tuple[str, str, str]]:
+    """All trios of compiled seats; of those with others a third, with every two seats together."""
+
+    def plain(keep: str, prefetch: str, miss: str) -> bool:
+        return bool(PLAIN & {f"keep.{keep}", f"prefetch.{prefetch}", f"miss.{miss}"})
+
+    every = [trio for trio in product(KEEP, PREFETCH, MISS) if not plain(*trio)]
+    return every + [trio for trio in trios(KEEP, PREFETCH, MISS) if plain(*trio)]
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_i8_every_seat_with_every_other(number: int) -> None:
     rng = np.random.default_rng(100 + number)
-    for keep, prefetch, miss in list(product(KEEP, PREFETCH, MISS))[number::4]:
+    for keep, prefetch, miss in seated()[number::4]:
         equal(mixed_case(rng), "lru", f"keep={keep}", f"prefetch={prefetch}", f"miss={miss}")
 
 
@@ -134,7 +144,20 @@ def test_the_clock_has_an_end() -> None:
 
 
 PLAIN = {
+    "keep.recent-score",
+    "keep.pinned-lru",
+    "keep.layer-quota",
+    "keep.layer-frequency",
+    "prefetch.impact",
+    "prefetch.first-absent",
+    "prefetch.layer-statistics",
+    "prefetch.placement",
+    "miss.hybrid-schedule",
+    "miss.q-split",
+    "miss.reuse-break-even",
     "keep.layer-lru",
+    "keep.hobbit",
+    "keep.top-halves",
     "keep.activation-matrix",
     "keep.importance",
     "prefetch.staged-gate",
@@ -142,6 +165,16 @@ PLAIN = {
     "prefetch.stride",
     "prefetch.virtual-experts",
     "route.masked",
+    "route.mixed-precision",
+    "keep.arc",
+    "keep.reuse-odds",
+    "prefetch.pair-odds",
+    "keep.shallow-arc",
+    "prefetch.pre-gate",
+    "prefetch.cross-gate",
+    "prefetch.draft",
+    "route.cache-prior",
+    "route.pre-gate",
 }
 """Built-in seats that the core asks, as it asks a policy from outside."""
 
@@ -156,7 +189,7 @@ def test_every_built_in_seat_is_compiled() -> None:
         else:
             assert made in known or name == "route.exact"
     for name, preset in PRESETS.items():
-        plain = PLAIN & {f"keep.{preset.keep}", f"prefetch.{preset.prefetch}"}
+        plain = PLAIN & {f"{kind}.{getattr(preset, kind)}" for kind in SEAT_KINDS}
         assert compiled(resolve([name])[0].build()) != bool(plain), name
 
 

@@ -122,7 +122,7 @@ def test_the_demo_at_a_tenth_of_its_experts(policy: str, batch: int) -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("policy", ["lru", "lfu", "next-gate"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-gate", "finemoe", "moe-infinity"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_demo_on_64_prompts(policy: str, batch: int) -> None:
     prompts = [prompt.text for prompt in prompts_of("builtin", 64).prompts()]

@@ -125,6 +125,36 @@ def test_nan_in_a_gate_is_a_clear_line(name: str) -> None:
         generated(model)
 
 
+@pytest.mark.parametrize("policy", ["next-gate", "swapmoe", "prune-magnitude"])
+def test_nan_in_a_gate_ends_the_command(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under policies that are told the gate, or bend it: one line, and nothing is kept."""
+    model = tiny_moe.build("olmoe")
+    model.model.layers[2].mlp.gate.weight.data[5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_moe.tokenizer().save_pretrained(tmp_path / "model")
+    runs, trace = tmp_path / "runs", tmp_path / "t.parquet"
+    words = ["real", "generate", "--model", str(tmp_path / "model"), "--prompts", "some words"]
+    more = ["--capacity", "50%", "--out", str(runs), "--trace-out", str(trace), "--threads", "1"]
+    assert main([*words, *more, "--policy", policy]) == 2
+    told = [at for at in capsys.readouterr().err.splitlines() if at.startswith("moesim: error: ")]
+    assert len(told) == 1 and "NaN" in told[0]
+    assert "model.layers.2.mlp: " in told[0], told
+    assert not list(runs.glob("*")) and not trace.exists() and not parts_folder(trace).exists()
+
+
+def test_an_unknown_class_ends_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_moe.save("jetmoe", tmp_path / "model")
+    for command in ("generate", "quality"):
+        assert main(["real", command, "--model", str(folder), "--threads", "1"]) == 2
+        err = capsys.readouterr().err.splitlines()
+        told = [at for at in err if at.startswith("moesim: error: ")]
+        assert len(told) == 1 and "JetMoeForCausalLM" in told[0], err
+
+
 # ---- policies ------------------------------------------------------------------------------------
 
 
@@ -307,6 +337,54 @@ def test_banks_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(offload_bank, "usable_bytes", lambda: 1000)
     with pytest.raises(UsageError, match=r"the experts' banks take 0\.000 GB and 0\.000 GB of mem"):
         moesim.real.offload(str(folder))
+
+
+def test_slots_that_do_not_fit_are_refused_and_fewer_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model in memory, whose experts do fit."""
+    model, zeros = offloaded(capacity="80%"), torch.zeros
+
+    def short(*shape: Any, **how: Any) -> Any:
+        if how.get("dtype") == torch.uint8 and shape[0] > 20:
+            raise RuntimeError("can't allocate memory")
+        return zeros(*shape, **how)
+
+    monkeypatch.setattr(torch, "zeros", short)
+    with pytest.raises(UsageError, match=r"--capacity: the experts' banks take 0.*give less --c"):
+        generated(model)
+    model.moesim.change(capacity="20%")
+    same_bits(generated(model), generated(eager("olmoe")))
+    model.moesim.finish()
+
+
+def test_an_interrupt_while_quality_is_measured_keeps_whole_runs(tmp_path: Path) -> None:
+    """The runs that ended are in the file, no thread is left, and it goes on from there."""
+    from moesim.capacity import Capacity
+    from moesim.plan.file import Planned
+    from moesim.real.quality import Bench
+    from moesim.real.quality_runs import Losses
+    from moesim.real.quality_text import Wanted
+
+    folder, file = tiny_moe.save("olmoe", tmp_path / "model"), tmp_path / "runs.jsonl"
+    (tmp_path / "p.txt").write_text("The old house at the end of the lane\nimport os, sys\n")
+    runs = [
+        Planned("prune-magnitude", (), Capacity(f"{n}/layer", "layer", (6144 * n,) * 4))
+        for n in (5, 6, 7)
+    ]
+
+    def press(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    text = Wanted(source=str(tmp_path / "p.txt"))
+    with pytest.raises(KeyboardInterrupt), Bench(str(folder), text, "fp32") as bench:
+        Losses(bench, file, press)(runs)
+    assert not [t for t in threading.enumerate() if t.name.startswith("moesim ")]
+    assert len(file.read_text().splitlines()) == 3
+    with Bench(str(folder), text, "fp32") as bench:
+        again = Losses(bench, file, lambda done, total: None)
+        assert len(again(runs)) == 3 and again.measured == 1
 
 
 def test_ram_that_runs_out_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:

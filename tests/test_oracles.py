@@ -26,7 +26,7 @@ from moesim.policy import CacheView, PlainPolicy, PrefetchSeat, World
 from moesim.types import Fact, Gate, IntArray, LayerEvent, Phase, Plan, Prefetch, Slot, Status
 from moesim.workload import KnownFuture
 from tests.harness import drive, fitting, future_of, run, start
-from tests.strategies import DEMAND_ONLY, Case, choices, decode_case, machine
+from tests.strategies import DEMAND_ONLY, PRICED, Case, choices, decode_case, machine
 
 Event = tuple[int, ...]
 """Expert ids of a layer event, in demand order."""
@@ -350,7 +350,7 @@ def test_min_bounds_every_demand_only_policy(case: Case) -> None:
     cold = replace(case, initial="cold")
     misses = {n: run(cold, n).tally.counts().misses for n in DEMAND_ONLY}
     assert misses["min-bypass"] == min(misses.values())
-    admit = [n for n in DEMAND_ONLY if n not in ("min-bypass", "static", "cpu", "fiddler")]
+    admit = [n for n in DEMAND_ONLY if n not in ("min-bypass", "static", "cpu", *PRICED)]
     assert misses["min"] == min(misses[n] for n in admit)
 
 

@@ -233,6 +233,33 @@ def test_the_rehearsal_comes_close_to_replay(meta: TraceMeta, period: int, quali
     assert kept.table(quality)[:, 32].sum() == pytest.approx(1.0)
 
 
+def test_the_rehearsal_is_replay_where_plans_come_often(meta: TraceMeta) -> None:
+    """A plan after every request: whoever is wanted is loaded, and nothing adds up."""
+    limit, slots = 10, np.array([[6] * 8, [14] * 8])
+    seen = survey(DEMO, None, limit)
+    request = ReplayRequest(
+        trace=DEMO,
+        hardware=load_hardware("rtx4090"),
+        policies=("swapmoe",),
+        scope="layer",
+        limit=limit,
+    )
+    space = Space(tuple(meta.model.expert_bytes_table().tolist()), 32, 4)
+    replays = Replays(request, space, seen.uses, "mass", "tpot", "prefetch.period")
+    got = [t.quality for t in replays(slots, 1)]
+    mine = rehearsed(meta, limit, 1, seen.uses).table("mass")[:, slots[:, 0]].sum(axis=0)
+    assert mine == pytest.approx(got, abs=0.004)
+
+
+def test_as_many_allocations_are_drawn_as_were_asked(planner: Planner) -> None:
+    """Each once, also where draws repeat; fewer only where there are no more."""
+    few = Planner(made(configs=60, budget_bytes=9_000_000))
+    slots, near = few._drawn()
+    assert len(np.unique(slots, axis=0)) == len(slots) == len(near) == 60
+    memory = few.space.memory_bytes(slots)
+    assert (memory[near] <= 9_000_000).all() and (memory[near] > 8_900_000).all()
+
+
 # ---- the period ----------------------------------------------------------------------------------
 
 

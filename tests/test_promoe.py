@@ -16,19 +16,15 @@ from moesim import fit as fitting
 from moesim.cli import main
 from moesim.errors import MoesimError, NotRunError, UsageError
 from moesim.past import Share, parse_split, requests_of
-from moesim.policies.stride import (
+from moesim.policies.fitted import (
     MOST_HIDDEN,
     MOST_INPUT,
-    Predictor,
-    Recent,
-    Stride,
     chosen,
     fingerprint,
-    inputs_of,
-    load,
     outputs,
     probabilities,
 )
+from moesim.policies.stride import Predictor, Recent, Stride, inputs_of, load
 from moesim.policy import World, check_policy
 from moesim.traces.reader import TraceReader
 from moesim.traces.synth import Synth, synth_model, synthesise

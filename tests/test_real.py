@@ -84,15 +84,8 @@ def serving(engine: EngineSetup) -> Setup:
 def device_of(case: Case, ledger: SlotLedger, seed: int = 0) -> Cpu:
     """Banks for a case; every copy is compared with its expert."""
     model = case.model
-    needs = Needs(
-        slots=ledger.slots,
-        expert_bytes=int(model.expert_bytes_table().max()),
-        experts=model.layers * model.experts,
-        dense_bytes=int(model.dense_bytes_table().max()),
-        layers=model.layers,
-        head_bytes=model.head_bytes,
-        least_buffers=model.top_k,
-    )
+    longest = max(int(rows.position.max()) + 1 for rows in case.requests)
+    needs = Needs.of(model, ledger.slots, case.batch, longest)
     whole = Fit(needs.experts, needs.layers)
     return Cpu(model, ledger, needs, whole, threads=1, seed=seed, verify=True)
 
@@ -273,7 +266,7 @@ def test_experts_share_buffers_where_ram_is_short(
     small: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--trace", "demo", "--limit", 1, "--costs", small, "--capacity", "8")
-    run = answer(capsys, "real", "run", *words, "--ram", "20KB", "--verify")["runs"][0]
+    run = answer(capsys, "real", "run", *words, "--ram", "90KB", "--verify")["runs"][0]
     assert 2 <= run["device"]["expert_buffers"] < run["device"]["experts"]
     assert run["device"]["slots"] == {"768": 8}
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ pytest.importorskip("torch")
 
 from moesim.cli import main
 from moesim.configuration import Configuration, Request
-from moesim.errors import MoesimError, NotRunError, PolicyError, UsageError
+from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.policy import CacheView, PlainPolicy
 from moesim.profile import ModelProfile, load_hardware
 from moesim.real.errors import ExecutionError
 from moesim.real.lanes import Lanes
 from moesim.real.run import RealRequest, execute, open_banks
 from moesim.real.slots import SlotLedger
+from moesim.traces.reader import TraceReader
 from moesim.traces.samples import trace_path
+from moesim.traces.writer import TraceWriter
 from moesim.types import Fact, Gate, IntArray, Landed, Note, Plan, Prefetch
 from tests.harness import setup_of, spec_of
 from tests.strategies import decode_case, machine, small_model
@@ -224,12 +227,6 @@ class NoPlan(PlainPolicy):
         return None
 
 
-class Lossy(PlainPolicy):
-    """Bends routing."""
-
-    lossy = True
-
-
 @pytest.mark.parametrize(
     ("policy", "line"),
     [
@@ -247,11 +244,6 @@ def test_a_policy_that_breaks_is_named_with_its_event(
     name = own(policy)
     with pytest.raises(PolicyError, match=f"^{name}: {line}"):
         execute(request(tmp_path, name))
-
-
-def test_a_lossy_policy_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(NotRunError, match="Lossy is lossy"):
-        execute(request(tmp_path, own("Lossy")))
 
 
 HANGS = """
@@ -333,6 +325,62 @@ def test_ctrl_c_ends_what_never_returns(
     assert not list(out.iterdir())
 
 
+def test_a_run_that_is_killed_leaves_nothing_that_the_next_one_keeps(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """kill -9: no run folder, and what lies beside is swept away."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "hangs.py").write_text(HANGS)
+    out, ready = folder / "runs", folder / "ready"
+    profile = folder / "tiny.toml"
+    profile.write_text(SMALL)
+    command = ["-m", "moesim", "real", "run", "--trace", "demo", "--policy=hangs:InOn"]
+    with subprocess.Popen(
+        [sys.executable, *command, "--costs", str(profile), "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "READY": str(ready)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            _await(ready.exists, process)
+        finally:
+            process.kill()
+    left = list(out.iterdir())
+    assert [p.name.startswith(".real-") for p in left] == [True]
+    elsewhere, alive = out / ".real-elsewhere-1-x", out / left[0].name.replace(
+        f"-{process.pid}-", f"-{os.getpid()}-"
+    )  # fmt: skip
+    for kept in (elsewhere, alive):
+        kept.mkdir()
+    told = execute(request(out))["runs"][0]
+    names = {Path(told["run_dir"]).name, elsewhere.name, alive.name}
+    assert {p.name for p in out.iterdir()} == names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gate_that_is_no_number_is_refused(
+    value: float,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A damaged trace is told by its name, before anything is kept."""
+    bad = tmp_path_factory.mktemp("bad") / "t.parquet"
+    with TraceReader(trace_path("demo")) as reader:
+        rows, meta = next(reader.requests()), reader.meta
+    assert rows.gate is not None
+    gate = rows.gate.copy()
+    gate[len(gate) // 2, 3] = value
+    with monkeypatch.context() as careless:
+        careless.setattr("moesim.traces.writer.check_request", lambda *args: None)
+        with TraceWriter(bad, meta) as writer:
+            writer.write_request(replace(rows, gate=gate))
+    asked = request(tmp_path, "finemoe")
+    with pytest.raises(TraceError, match=r"t\.parquet: .*gate"):
+        execute(replace(asked, what=replace(asked.what, trace=bad)))
+
+
 def _await(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not ready():
@@ -384,7 +432,7 @@ def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_torch_the_mend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "moesim.real.cpu", raising=False)
+    monkeypatch.delitem(sys.modules, "moesim.real.banks", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(NotRunError, match=r"pip install 'moesim\[real\]'"):
         execute(request(tmp_path))

@@ -36,6 +36,7 @@ from moesim.traces.samples import trace_path
 from moesim.types import (
     DROPPED,
     AnyArray,
+    Evicted,
     Gate,
     IterationEnd,
     Landed,
@@ -758,6 +759,15 @@ def test_a_cold_start_drops_or_fetches() -> None:
     assert sum(p.misses for p in fetched.phases)
     assert dropped.quality is not None and fetched.quality is not None
     assert dropped.quality.mass_kept < fetched.quality.mass_kept
+
+
+def test_who_goes_before_its_successor_lands_is_not_retired() -> None:
+    """Its bytes were taken by that very successor; later it must be loaded like any other."""
+    retired, states = Retired(4), np.array([State.RESIDENT] * 3 + [State.ABSENT], np.uint8)
+    retired.swapped([Swap(3, 2)], states)
+    retired.note(Evicted(2, 0, 5))
+    retired.note(Landed(3, 0, 5, 0, demand=False))
+    assert not retired.mask.any() and not retired.leaving
 
 
 def test_retired_experts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,12 @@ def test_all_is_every_preset_with_its_ladder(
     # What was kept is marked as what was just made.
     assert main([*words, "--out", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_policy_without_room_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """At 10 % masked routing lacks room for one token's experts; the others are compared."""
+    command = ["replay", "--trace", "demo", "--policy", "lru,swapmoe", "--capacity", "10%,25%"]
+    assert main([*command, "--split", "marked", "--limit", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    ran = [(run["policy"], run["capacity"]) for run in found if "not_run" not in run]
+    assert ran == [("lru", "10%"), ("lru", "25%"), ("swapmoe", "25%")]

@@ -27,13 +27,14 @@ def toy(
     """Requests that decode, one expert a layer and token; every expert weighs one byte.
 
     ahead : for each request, pass and layer, what is predicted of the next layer. By default the
-        truth is predicted one and two layers ahead.
+        truth is predicted one to three layers ahead.
     """
     layers = len(requests[0][0])
     rows = []
     for number, passes in enumerate(requests):
         blocks = [[(la, [[e]]) for la, e in enumerate(one)] for one in passes]
-        truths = {d: [_later(one, la, d) for one in passes for la in range(layers)] for d in (1, 2)}
+        places = [(one, la) for one in passes for la in range(layers)]
+        truths = {d: [_later(one, la, d) for one, la in places] for d in (1, 2, 3)}
         if ahead is not None:
             truths[1] = [list(named) for one in ahead[number] for named in one]
         known = {d: np.array(t, np.uint16) for d, t in truths.items()}

@@ -80,6 +80,8 @@ class TraceMeta:
     source: str = ""
     expert_norms: tuple[tuple[float, ...], ...] | None = None
     """Norm of each expert's weights, [layers][experts]."""
+    expert_parts: int = 1
+    """In how many parts an expert of the recorded model stands in the trace; 1: whole."""
     notes: tuple[str, ...] = ()
     phases: tuple[str, ...] = ()
     """The phases that occur, from `PHASES`."""
@@ -317,6 +319,7 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
         "an object of texts",
     ),
     "source": _TEXT,
+    "expert_parts": _COUNT,
     "expert_norms": (_is_norms, "a list of lists of numbers, or null"),
     "notes": (_is_texts, "a list of texts"),
     "phases": (

@@ -31,6 +31,7 @@ COMMANDS = (
     "profiles",
     "bench",
     "diff",
+    "validate",
 )
 
 

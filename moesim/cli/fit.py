@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_EXAMPLES = """example:
+_EXAMPLES = """examples:
   moesim fit --policy promoe --trace demo --split 7:3 --out promoe.npz
   moesim replay --trace demo --split 7:3 --policy promoe --set prefetch.weights=promoe.npz
+  moesim fit --policy moe-beyond --trace demo --split 7:3 --out moe-beyond.npz
 """
 
 
@@ -31,12 +32,15 @@ def add_parser(subparsers: Subparsers) -> None:
         "fit",
         help="fit a policy's predictor on a trace",
         description="Fit what a policy learns before it serves. ProMoE: for each layer a small "
-        "network that names the experts of a later one. A replay refuses to serve the requests "
-        "that it was fitted on.",
+        "network that names the experts of a later one. MoE-Beyond: for each layer one that names "
+        "its experts from the token's embedding and the request so far. A replay refuses to serve "
+        "the requests that it was fitted on.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--policy", choices=("promoe",), default="promoe", help="[promoe]")
+    parser.add_argument(
+        "--policy", choices=("promoe", "moe-beyond"), default="promoe", help="[promoe]"
+    )
     parser.add_argument("--trace", required=True, help="a trace file, or the sample `demo`")
     parser.add_argument(
         "--out", type=_path, required=True, metavar="FILE", help="where to write it, a .npz"
@@ -58,7 +62,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the predictor")
     group.add_argument("--stride", type=_positive, default=2, help="layers ahead [2]")
     group.add_argument(
-        "--history", type=_positive, default=2, metavar="N", help="layers that it sees [2]"
+        "--history", type=_positive, default=2, metavar="N", help="layers that ProMoE sees [2]"
     )
     group.add_argument("--hidden", type=_positive, default=128, metavar="N", help="units [128]")
     group.add_argument(
@@ -66,10 +70,11 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--input",
-        choices=("gate", "weights", "experts"),
+        choices=("gate", "weights", "experts", "embedding"),
         default="",
-        help="what it sees of a layer: all probabilities, the chosen experts' weights, or which "
-        "they are [the first that the trace has]",
+        help="what it sees. ProMoE of a layer: all probabilities, the chosen experts' weights, or "
+        "which they are; MoE-Beyond of a token: its embedding and its request's experts, or these "
+        "alone (experts) [the first that the trace has]",
     )
 
 
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         kind=args.input,
         seed=args.seed,
+        policy=args.policy,
     )
     out = _writable(args.out)
     with _progress() as progress:
@@ -124,7 +130,7 @@ def _print(args: argparse.Namespace, told: dict[str, Any]) -> None:
         )
     split = f" --split {args.split}" if args.split else ""
     print(
-        f"next: moesim replay --trace {args.trace}{split} --policy promoe "
+        f"next: moesim replay --trace {args.trace}{split} --policy {args.policy} "
         f"--set prefetch.weights={args.out}"
         if split
         else "next: replay another trace with it; this one was seen whole"

@@ -7,7 +7,16 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import add_one_policy, hardware, initial, path, positive, seed, words
+from moesim.cli.options import (
+    add_one_policy,
+    hardware,
+    initial,
+    path,
+    positive,
+    refuse_beside_plan,
+    seed,
+    words,
+)
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +26,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   moesim real generate --model demo --policy next-gate --capacity 10% --prompts "def main():"
+  moesim real generate --model demo --plan plan.toml --limit 8
   moesim real generate --model demo --prompts builtin --limit 8 --batch 4 \\
     --trace-out run.parquet --out runs/
 """
@@ -62,8 +72,15 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("policy")
-    group.add_argument("--policy", default="lru", metavar="NAME", help="one policy [lru]")
+    group.add_argument("--policy", metavar="NAME", help="one policy [lru]")
     add_one_policy(group)
+    group.set_defaults(capacity=None)
+    group.add_argument(
+        "--plan",
+        type=path,
+        metavar="FILE",
+        help="policy, capacity of each layer and first set as `moesim plan` wrote them",
+    )
     group.add_argument(
         "--calibration", type=path, metavar="TRACE", help="trace that policies learn from"
     )
@@ -147,15 +164,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(args: argparse.Namespace) -> Prompted:
+    from moesim.plan.file import load_plan
     from moesim.real.offload_generate import Prompted
     from moesim.real.offload_options import Options
 
     if args.timeline and args.out is None:
         raise UsageError("--timeline writes into the run's folder; give --out DIR too")
     kind, experts = initial(args.initial)
+    plan = None
+    if args.plan is not None:
+        refuse_beside_plan(args)
+        plan = load_plan(args.plan)
     options = Options(
-        policy=_one(args.policy, "--policy"),
-        capacity=_one(args.capacity, "--capacity"),
+        policy=_one(args.policy or "lru", "--policy"),
+        capacity=_one(args.capacity or "25%", "--capacity"),
+        plan=plan,
         settings=tuple(args.set),
         scope=args.scope,
         hardware=hardware(args),

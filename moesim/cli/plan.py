@@ -6,15 +6,20 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import hardware, path, positive, seed
+from moesim.cli.options import hardware, path, positive, seed, words
+from moesim.cli.quality import add_text, ready, wanted
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
     from moesim.plan.file import Alternative, Estimate
-    from moesim.plan.planner import Answer
+    from moesim.plan.planner import Answer, Planner
     from moesim.plan.request import Request
+    from moesim.traces.schema import TraceMeta
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -22,6 +27,8 @@ _EXAMPLES = """examples:
   moesim plan --trace x.parquet --model olmoe-1b-7b --budget 6GiB --out plan.toml
   moesim plan --trace x.parquet --budget 4GiB --latency 50ms --split 7:3 --allow gate=topk
   moesim replay --plan plan.toml --trace x.parquet --split 7:3
+  moesim plan --trace demo --runs real --model demo --dtype fp32 --quality loss --half 1 \
+    --budget 25%,50%,75% --runs-file runs.jsonl --out plan.toml
 """
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
@@ -41,6 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_what(parser)
     _add_limits(parser)
     _add_how(parser)
+    add_text(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=path, metavar="FILE", help="write the plan, as TOML")
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -51,7 +59,10 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
     group.add_argument("--trace", required=True, help="the profiling trace, or the sample `demo`")
     group.add_argument(
-        "--model", metavar="NAME|FILE", help="model profile of the trace's shape [the trace's own]"
+        "--model",
+        metavar="NAME|FILE",
+        help="model profile of the trace's shape [the trace's own]; with --runs real the model "
+        "that is run: a hub id, a folder or a shipped model",
     )
     group.add_argument(
         "--hardware", default="rtx4090", metavar="NAME|FILE", help="hardware profile [rtx4090]"
@@ -74,6 +85,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--chunk-tokens", type=positive, metavar="N", help="serve prefills in chunks of N tokens"
     )
     group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="of --runs real, that compute [cores - 1]"
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +96,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--budget",
         required=True,
         metavar="SIZE",
-        help="device memory for weights, experts, KV cache and activations, e.g. 4GiB",
+        help="device memory for weights, experts, KV cache and activations, e.g. 4GiB; or 50%%: "
+        "that share of the experts, beside all else. Several, comma-separated, share their runs",
     )
     group.add_argument("--latency", metavar="TIME", help="latency limit, e.g. 50ms [none]")
     group.add_argument(
@@ -93,10 +108,10 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quality",
-        choices=("mass", "agreement", "hits"),
-        default="mass",
-        help="what is maximised: gate mass kept, agreement with the true top k (both proxies), or "
-        "hits of a lossless policy [mass]",
+        choices=("mass", "agreement", "hits", "loss"),
+        help="what is maximised: gate mass kept, agreement with the true top k (both proxies), "
+        "hits of a lossless policy, or minus the model's loss, of which perplexity is the "
+        "exponential [mass; loss with --runs real]",
     )
 
 
@@ -113,8 +128,15 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--runs",
-        choices=("rehearsal", "replay"),
-        help="run them without a clock, in one pass, and replay some; or replay all [by policy]",
+        choices=("rehearsal", "replay", "real"),
+        help="run them without a clock, in one pass, and replay some; or replay all; or run "
+        "--model itself on --text [by policy]",
+    )
+    group.add_argument(
+        "--runs-file",
+        type=path,
+        metavar="FILE",
+        help="with --runs real: keep each run there, *.jsonl, and go on from what is there",
     )
     group.add_argument(
         "--checks",
@@ -145,41 +167,100 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print; 0."""
-    from moesim.cli.progress import requests_progress
     from moesim.plan.file import save_plan
-    from moesim.plan.planner import Planner
 
     if args.out is not None and (not args.out.parent.is_dir() or args.out.is_dir()):
         raise UsageError(f"--out {args.out}: cannot be written there; name a file in a folder")
-    planner = Planner(_request(args), lambda what: requests_progress(f"plan: {what}"))
-    answer = planner.plan()
-    if args.out is not None:
-        save_plan(answer.plan, args.out)
+    with _planner(args) as planner:
+        answers: list[Answer] = []
+        for budget in planner.budgets:
+            answers.append(planner.plan(budget, [one.plan.slots for one in answers]))
+    files = _files(args)
+    for answer, file in zip(answers, files, strict=True):
+        if file is not None:
+            save_plan(answer.plan, file)
     if args.json:
-        print(json.dumps(_object(answer, args)))
-    else:
-        _print(answer, args)
+        objects = [_object(a, f) for a, f in zip(answers, files, strict=True)]
+        print(json.dumps(objects[0] if len(objects) == 1 else {"schema": 1, "plans": objects}))
+        return 0
+    for answer, file in zip(answers, files, strict=True):
+        _print(answer, file)
     return 0
 
 
+def _files(args: argparse.Namespace) -> list[Path | None]:
+    """Where each budget's plan goes: ``plan.toml``, or ``plan-25pct.toml`` where there are more."""
+    budgets = words([args.budget], "")
+    if args.out is None or len(budgets) == 1:
+        return [args.out] * len(budgets)
+    names = [re.sub(r"[^0-9A-Za-z.]", "", text.replace("%", "pct")) for text in budgets]
+    return [args.out.with_name(f"{args.out.stem}-{name}{args.out.suffix}") for name in names]
+
+
+@contextmanager
+def _planner(args: argparse.Namespace) -> Iterator[Planner]:
+    """A planner; with ``--runs real`` the model is there meanwhile."""
+    from moesim.cli.progress import requests_progress
+    from moesim.plan.planner import Planner
+
+    request = _request(args)
+    if args.runs != "real":
+        if args.runs_file is not None:
+            raise UsageError("--runs-file: only --runs real keeps its runs; leave it out")
+        yield Planner(request, lambda what: requests_progress(f"plan: {what}"))
+        return
+    if args.model is None:
+        raise UsageError("--runs real: name the model that is run with --model")
+    ready(args.threads)
+    from moesim.real.quality import Bench
+    from moesim.real.quality_runs import Losses
+
+    with (
+        Bench(args.model, wanted(args), args.dtype) as bench,
+        requests_progress("plan: real runs", "runs") as progress,
+    ):
+        planner = Planner(
+            request,
+            lambda what: requests_progress(f"plan: {what}"),
+            measure=Losses(bench, args.runs_file, progress),
+        )
+        _refuse_other(bench.handle.meta, planner, args)
+        yield planner
+
+
+def _refuse_other(meta: TraceMeta, planner: Planner, args: argparse.Namespace) -> None:
+    """UsageError unless the model is the one that the trace was recorded from, as far as seen."""
+    mine = (meta.layers, meta.experts, tuple(meta.model.expert_bytes_table().tolist()))
+    space = planner.space
+    if mine != (space.layers, space.experts, space.expert_bytes):
+        raise UsageError(
+            f"--model {args.model}: has {mine[0]} layers of {mine[1]} experts of {mine[2][0]} "
+            f"bytes, and the trace {space.layers} of {space.experts} of {space.expert_bytes[0]}; "
+            "give a trace of this model, or the --dtype that it was recorded in"
+        )
+
+
 def _request(args: argparse.Namespace) -> Request:
-    from moesim.capacity import parse_bytes
     from moesim.degrade import parse_allowed
     from moesim.past import TRAIN, Share, parse_split
     from moesim.plan.request import Request
     from moesim.profile import load_model
     from moesim.traces.samples import trace_path
 
+    sizes, shares = _budgets(args.budget)
+    real = args.runs == "real"
     return Request(
         trace=trace_path(args.trace),
         hardware=hardware(args),
-        budget_bytes=parse_bytes(args.budget, "--budget"),
-        model=None if args.model is None else load_model(args.model),
+        budget_bytes=sizes[0] if sizes else 0,
+        more_budgets=sizes[1:],
+        shares=shares,
+        model=None if args.model is None or real else load_model(args.model),
         policy=args.policy,
         settings=tuple(args.set),
         latency_limit_ns=math.inf if args.latency is None else _time(args.latency),
         latency_of=args.latency_of,
-        quality=args.quality,
+        quality=args.quality or ("loss" if real else "mass"),
         spare=args.spare or "",
         least=args.least or 0,
         period=args.period or 0,
@@ -197,6 +278,20 @@ def _request(args: argparse.Namespace) -> Request:
     )
 
 
+def _budgets(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(sizes in bytes, shares): one of the two is empty."""
+    from moesim.capacity import parse_bytes
+
+    given = words([text], "")
+    shares = [re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", one) for one in given]
+    if not any(shares):
+        return tuple(parse_bytes(one, "--budget") for one in given), ()
+    found = [float(match[1]) / 100 for match in shares if match]
+    if len(found) < len(given) or max(found) > 1:
+        raise UsageError(f"--budget {text}: write sizes, or shares of at most 100%")
+    return (), tuple(found)
+
+
 def _time(text: str) -> float:
     """``50ms`` as ns."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(ns|us|ms|s)", text)
@@ -208,14 +303,14 @@ def _time(text: str) -> float:
 # ---- results -------------------------------------------------------------------------------------
 
 
-def _object(answer: Answer, args: argparse.Namespace) -> dict[str, Any]:
+def _object(answer: Answer, file: Path | None) -> dict[str, Any]:
     from dataclasses import asdict
 
     plan = asdict(answer.plan)
     return {
         "schema": 1,
         "plan": plan,
-        "file": str(args.out) if args.out is not None else None,
+        "file": None if file is None else str(file),
         "profile": [asdict(one) for one in answer.profile],
         "sweep": [asdict(one) for one in answer.swept],
         "fit": answer.models.report,
@@ -224,7 +319,7 @@ def _object(answer: Answer, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _print(answer: Answer, args: argparse.Namespace) -> None:
+def _print(answer: Answer, file: Path | None) -> None:
     from moesim.cli.table import console, print_table
 
     out, plan = console(), answer.plan
@@ -240,18 +335,25 @@ def _print(answer: Answer, args: argparse.Namespace) -> None:
         print_table(("inputs between updates", "latency ms", "quality"), rows)
     for line in _models(answer):
         out.print(line)
+    seen = "measured" if plan.facts["quality"]["kind"] == "loss" else "replayed"
     print_table(
-        ("method", "pred. quality", "replayed", "pred. ms", "replayed", "memory GB", "slots"),
+        ("method", "pred. quality", seen, "pred. ms", "replayed", "memory GB", "slots"),
         [_row(one, plan.method) for one in plan.alternatives],
     )
     out.print(f"quality: {plan.facts['quality']['meaning']}; slots: least-most (mean) of a layer")
     period = f", an update every {plan.period} inputs" if plan.period else ""
     out.print(f"slots by layer: {' '.join(map(str, plan.slots))}{period}")
+    if seen == "measured":
+        out.print(
+            "the proxy (gate mass kept, without the model) ranks the same runs with "
+            f"{_figure(answer.models.report['proxy'])}, of those at a budget "
+            f"{_figure(answer.models.report['proxy_at_budget'])}"
+        )
     for note in answer.notes:
         out.print(f"note: {note}", style="yellow")
     out.print(_times(answer))
-    if args.out is not None:
-        out.print(f"written to {args.out}")
+    if file is not None:
+        out.print(f"written to {file}")
 
 
 def _models(answer: Answer) -> tuple[str, ...]:

@@ -7,8 +7,17 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli import generate
-from moesim.cli.options import add_one_policy, hardware, initial, path, positive, seed, words
+from moesim.cli import campaign, generate, quality, suite
+from moesim.cli.options import (
+    add_one_policy,
+    hardware,
+    initial,
+    path,
+    positive,
+    refuse_beside_plan,
+    seed,
+    words,
+)
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +57,9 @@ def add_parser(subparsers: Subparsers) -> None:
     runner.set_defaults(func=run)
     _add_calibrate(commands)
     generate.add_parser(commands)
+    campaign.add_parser(commands)
+    suite.add_parser(commands)
+    quality.add_parser(commands)
 
 
 def _add_calibrate(commands: Subparsers) -> None:
@@ -114,8 +126,15 @@ def calibrate(args: argparse.Namespace) -> int:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what")
     group.add_argument("--trace", required=True, help="a trace file, or the shipped sample `demo`")
-    group.add_argument("--policy", default="lru", metavar="NAME", help="one lossless policy [lru]")
+    group.add_argument("--policy", metavar="NAME", help="one policy [lru]")
     add_one_policy(group)
+    group.set_defaults(capacity=None)
+    group.add_argument(
+        "--plan",
+        type=path,
+        metavar="FILE",
+        help="policy, capacity of each layer and first set as `moesim plan` wrote them",
+    )
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")
     group.add_argument("--batch", type=positive, default=1, help="requests in a static batch [1]")
     group.add_argument(
@@ -147,7 +166,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("cpu",), default="cpu", help="where to compute [cpu]")
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
+    )
     group.add_argument(
         "--costs", metavar="MODEL", help="experts of another model's size than the one recorded"
     )
@@ -233,18 +254,28 @@ def _what(args: argparse.Namespace) -> Request:
     from moesim.configuration import Request
     from moesim.degrade import parse_allowed
     from moesim.past import Share, parse_split
+    from moesim.plan.file import planned
     from moesim.profile import load_model
     from moesim.traces.samples import trace_path
 
     kind, experts = initial(args.initial)
+    trace, settings = trace_path(args.trace), tuple(args.set)
+    costs = None if args.costs is None else load_model(args.costs)
+    policy, capacity = args.policy or "lru", args.capacity or "25%"
+    if args.plan is not None:
+        refuse_beside_plan(args)
+        plan = planned(args.plan, trace, costs)
+        policy, capacity = plan.policy, plan.capacity.text
+        kind, experts = "file", plan.capacity.starts or ()
+        settings = (*plan.settings, *settings)
     return Request(
-        trace=trace_path(args.trace),
+        trace=trace,
         hardware=hardware(args),
-        policy=_one(args.policy, "--policy"),
-        capacity=_one(args.capacity, "--capacity"),
-        settings=tuple(args.set),
+        policy=_one(policy, "--policy"),
+        capacity=_one(capacity, "--capacity"),
+        settings=settings,
         scope=args.scope,
-        costs=None if args.costs is None else load_model(args.costs),
+        costs=costs,
         batch=args.batch,
         chunk_tokens=args.chunk_tokens or 0,
         initial=kind,

@@ -176,6 +176,7 @@ COLUMNS: tuple[
     ("peak GB", lambda run: f"{run['peak_bytes'] / 1e9:.2f}", None),
     ("agree %", _share("agreement"), lambda run: run["quality"]),
     ("mass %", _share("gate_mass_kept"), lambda run: run["quality"]),
+    ("low %", _share("gate_mass_low"), lambda run: (run["quality"] or {}).get("mass_low")),
     *((f"x {name}", _rung(name), _climbs) for name in (*RUNGS, ROOF, "bound")),
 )
 """Heading, cell, and when the column is worth its room."""
@@ -200,7 +201,8 @@ def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
     if any(run["lossy"] for run in runs):
         yield (
             "lossy: time is of the recorded path; quality is a proxy: agree, chosen experts that "
-            "were executed; mass, their gate mass over that of the chosen"
+            "were executed; mass, their gate mass over that of the chosen; low, what of that "
+            "was executed in low precision"
         )
     if any(run["oracle"] for run in runs):
         yield "bound: sees the future, or was fitted on this very trace; never ranked as a policy"

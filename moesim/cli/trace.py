@@ -30,6 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_info(commands)
     _add_check(commands)
     _add_head(commands)
+    _add_parts(commands)
     add_convert(commands)
     add_synth(commands)
 
@@ -76,6 +77,20 @@ def _add_head(commands: Subparsers) -> None:
     size.add_argument("--requests", type=int, metavar="N", help="first N requests")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run_head)
+
+
+def _add_parts(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "parts",
+        help="see each expert as several parts, loaded and kept by themselves",
+        description="Write a trace in which each expert is several experts of a part of its bytes; "
+        "a token that needs one needs all of its parts. For policies that keep halves (moepic).",
+    )
+    parser.add_argument("source", help="trace file to read, or the name of a shipped sample")
+    parser.add_argument("target", type=Path, help="trace file to write")
+    parser.add_argument("--parts", type=int, default=2, metavar="N", help="parts (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(func=run_parts)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -133,6 +148,24 @@ def run_head(args: argparse.Namespace) -> int:
         print(json.dumps({**_head_of(args.target), **_counts(meta)}))
     else:
         print(f"{args.target}: {_in_words(meta)}")
+    return 0
+
+
+def run_parts(args: argparse.Namespace) -> int:
+    """Write the trace in parts. Raises `TraceError`, `UsageError`."""
+    from moesim.traces.expert_parts import in_parts
+    from moesim.traces.reader import TraceReader
+    from moesim.traces.samples import trace_path
+
+    source = trace_path(args.source)
+    with TraceReader(source) as reader:
+        total = reader.meta.requests
+    with _progress("cutting experts", total) as advance:
+        meta = in_parts(source, args.target, args.parts, progress=advance)
+    if args.json:
+        print(json.dumps({**_head_of(args.target), **_counts(meta)}))
+    else:
+        print(f"{args.target}: {_in_words(meta)}, top {meta.top_k} of {meta.experts}")
     return 0
 
 

@@ -25,6 +25,7 @@ from moesim.engine.machine import HostFunction, M
 from moesim.engine.setup import Setup
 from moesim.engine.wishes import obey
 from moesim.errors import UsageError
+from moesim.precision import enough, serving
 from moesim.types import (
     NEVER,
     NO_PLAN,
@@ -33,12 +34,14 @@ from moesim.types import (
     Evicted,
     Fact,
     Gate,
+    IntArray,
     Job,
     JobDone,
     Landed,
     LayerEvent,
     Phase,
     Plan,
+    Routed,
     Serve,
     State,
     Status,
@@ -90,7 +93,7 @@ class Asked:
         self._running: dict[int, Job] = {}
         self._named: dict[int, set[int]] = {}
         self._routed: LayerEvent | None = None
-        self._expert_ns: dict[tuple[int, int], tuple[int, int]] = {}
+        self._expert_ns: dict[tuple[int, int, int], tuple[int, int]] = {}
         answers: dict[Ask, Callable[[int], int]] = {
             Ask.ROUTE: self._route,
             Ask.GATE: self._gate,
@@ -167,29 +170,41 @@ class Asked:
     def _route(self, row: int) -> int:
         event = self.answers.event = self._s[EVENT]
         source = self._routed = self._source(row, event)
-        chosen = self.answers.route(source)
-        if chosen is not None:
-            self._demand(source, chosen)
+        routed = self.answers.route(source)
+        if routed.experts is not None or routed.precisions is not None:
+            self._demand(source, routed)
         return 0
 
-    def _demand(self, source: LayerEvent, chosen: AnyArray) -> None:
+    def _demand(self, source: LayerEvent, routed: Routed) -> None:
         """Put another demand in the place of the recorded one."""
+        chosen = source.token_experts if routed.experts is None else routed.experts
         demand = union(source, self._setup.world.experts, chosen)
-        n = len(demand.experts)
+        keys = demand.experts
+        if routed.precisions is not None:
+            keys = self._copies(demand.experts, chosen, routed.precisions)
+        n = len(keys)
         m = self._m
         m.s[S.N_DEMAND] = n
-        m.cur[D.EXPERT, :n] = demand.experts
+        m.cur[D.EXPERT, :n] = keys
         m.cur[D.TOKENS, :n] = demand.tokens
         m.cur[D.PHASE, :n] = demand.phases
-        for i, tokens in enumerate(demand.tokens.tolist()):
-            m.cur[D.NS, i], m.cur[D.CPU_NS, i] = self._durations(tokens, source.layer)
+        for i, (key, tokens) in enumerate(zip(keys.tolist(), demand.tokens.tolist(), strict=True)):
+            durations = self._durations(tokens, source.layer, key // self._size)
+            m.cur[D.NS, i], m.cur[D.CPU_NS, i] = durations
 
-    def _durations(self, tokens: int, layer: int) -> tuple[int, int]:
-        known = self._expert_ns.get((tokens, layer))
+    def _copies(self, experts: IntArray, chosen: AnyArray, precisions: AnyArray) -> IntArray:
+        """The keys of the copies that serve."""
+        allowed = enough(experts, chosen, precisions, self._setup.world.experts)
+        found = serving(experts, allowed, self._m.state.reshape(-1, self._size))
+        return experts + found.astype(np.int64) * self._size
+
+    def _durations(self, tokens: int, layer: int, precision: int) -> tuple[int, int]:
+        known = self._expert_ns.get((tokens, layer, precision))
         if known is None:
             costs = self._setup.costs
-            known = costs.expert_ns(tokens, layer), costs.cpu_expert_ns(tokens, layer)
-            self._expert_ns[tokens, layer] = known
+            # The host has every expert in full.
+            known = costs.expert_ns(tokens, layer, precision), costs.cpu_expert_ns(tokens, layer)
+            self._expert_ns[tokens, layer, precision] = known
         return known
 
     def _gate(self, row: int) -> int:
@@ -202,15 +217,17 @@ class Asked:
             assert sources is not None
             source = sources.layer_event(row, event, s[GATE_STEP], s[GATE_LAYER])
             experts, tokens, phases = sources.demanded(row)
+            precisions, keys = None, experts
         else:
             self._routed = None
-            experts, tokens = self._m.cur[[D.EXPERT, D.TOKENS], : len(status)]
+            keys, tokens = self._m.cur[[D.EXPERT, D.TOKENS], : len(status)]
             phases = self._m.cur[D.PHASE, : len(status)].astype(np.uint8)
-        gate = make_gate(source, experts, tokens, status, phases)
+            precisions, experts = self._told_apart(keys)
+        gate = make_gate(source, experts, tokens, status, phases, precisions)
         named = self._named.pop(event, None) if self._named else None
         if named is not None:
             self._s[NAMED] += len(named)
-            self._s[PREDICTED] += len(named.intersection(gate.experts.tolist()))
+            self._s[PREDICTED] += len(named.intersection(keys.tolist()))
         plan = self.answers.plan(gate)
         ops = plan.foreground_ops
         self._s[FOREGROUND] = self._lasting(self._setup.costs.job_ns(ops, 0)) if ops else 0
@@ -218,6 +235,13 @@ class Asked:
             self._serve(gate, plan)
         self._plan = plan
         return plan is not NO_PLAN and plan != NO_PLAN
+
+    def _told_apart(self, keys: IntArray) -> tuple[AnyArray | None, IntArray]:
+        """(precisions where the policy asked for some, expert ids) of the demand."""
+        if self.answers.precise:
+            return None, keys
+        precisions, experts = np.divmod(keys, self._size)
+        return precisions.astype(np.uint8), experts
 
     def _serve(self, gate: Gate, plan: Plan) -> None:
         for i in np.flatnonzero(gate.status == MISS).tolist():

@@ -218,10 +218,10 @@ class ReferenceEngine(Desk):
 
     def _compute(self, gate: Gate, waiting: int) -> Process:
         """Residents in demand order, then arrivals as they land, then wait for the host."""
-        tokens = dict(zip(gate.experts.tolist(), gate.tokens.tolist(), strict=True))
+        tokens = dict(zip(self.keys.tolist(), gate.tokens.tolist(), strict=True))
         if self.setup.options.order == "barrier":
             yield from self._barrier(gate.layer, waiting)
-        for key in gate.experts[gate.status == HIT].tolist():
+        for key in self.keys[gate.status == HIT].tolist():
             yield from self._run_expert(key, tokens[key], gate.layer)
         for _ in range(waiting):
             while not self._arrivals:

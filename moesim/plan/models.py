@@ -62,7 +62,7 @@ def fitted(ground: Ground, samples: Samples, tables: FloatArray, runs: str) -> M
     runs : what gave the samples' quality, "rehearsal" or "replay".
     """
     request, space = ground.request, ground.space
-    slots, quality = samples.slots, samples.quality
+    slots, quality, near = samples.slots, samples.quality, samples.near
     fitted_on, held = holding_out(len(slots), request.held_out, request.seed)
     share = lacking_slots(space.layers, space.experts)
     lacks = ground.survey.missed_shares() if request.encoding == "uses" else share
@@ -74,7 +74,8 @@ def fitted(ground: Ground, samples: Samples, tables: FloatArray, runs: str) -> M
     ran, seen, latency_ns = columns(samples.replayed)
     # What was replayed may be what the net was fitted on.
     apart = held if runs == "replay" else np.arange(len(ran))
-    summed = tables[np.arange(space.layers), ran].sum(axis=1)
+    layers = np.arange(space.layers)
+    summed = tables[layers, ran].sum(axis=1)
     report = {
         "runs": runs,
         "configurations": len(slots),
@@ -86,7 +87,11 @@ def fitted(ground: Ground, samples: Samples, tables: FloatArray, runs: str) -> M
         "linear_at_budget": _held(held_out(linear(slots[close]), quality[close])),
         "memory_alone": held_out(memory[held], quality[held]).spearman,
         "net_against_replay": _held(held_out(net(ran[apart]), seen[apart])),
-        "sum_against_replay": _held(held_out(summed[apart], seen[apart])),
+        "sum_against_replay": _summed(held_out(summed[apart], seen[apart]), runs),
+        "proxy": held_out(tables[layers, slots].sum(axis=1), quality).spearman,
+        "proxy_at_budget": held_out(
+            tables[layers, slots[near]].sum(axis=1), quality[near]
+        ).spearman,
         "latency": _held_latency(left_out, latency_ns),
         "memory": _memory_error(space, samples.replayed),
     }
@@ -120,6 +125,11 @@ def _memory_error(space: Space, trials: Sequence[Trial]) -> dict[str, int]:
 
 def _held(held: Held) -> dict[str, float | None]:
     return {"spearman": held.spearman, "mean_error": held.mean_error}
+
+
+def _summed(held: Held, runs: str) -> dict[str, float | None]:
+    """A proxy has no error against a loss, only an order."""
+    return {**_held(held), **({"mean_error": None} if runs == "real" else {})}
 
 
 def _held_latency(predicted: FloatArray, seen: FloatArray) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from moesim.degrade import lacking
 from moesim.errors import NotRunError, UsageError
 from moesim.past import requests_of
 from moesim.plan import rivals
-from moesim.plan.file import Alternative, Estimate, Plan
+from moesim.plan.file import Alternative, Estimate, Plan, Planned
 from moesim.plan.genetic import drawn_slots, filled, search, trimmed
 from moesim.plan.knobs import Knobs, knobs_of
 from moesim.plan.latency import (
@@ -42,6 +42,7 @@ from moesim.plan.space import (
     Problem,
     Slots,
     Space,
+    capacity_of,
     one,
 )
 from moesim.plan.survey import Survey, survey
@@ -69,6 +70,11 @@ _WORTH_TELLING = 0.001
 """Quality by which another method must do better in replay to be named."""
 _SWEEP_REQUESTS = 24
 """Requests of each run of the sweep: what it looks at, latency, is the same for all."""
+_DRAWS = 8
+"""Times that what came twice is drawn anew."""
+
+Measure = Callable[[Sequence[Planned]], FloatArray]
+"""Run the model itself; float64 [P], minus the loss of each run in nats a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,11 @@ class Planner:
     """
 
     def __init__(
-        self, request: Request, watch: Watch = unwatched, evaluate: Evaluate | None = None
+        self,
+        request: Request,
+        watch: Watch = unwatched,
+        evaluate: Evaluate | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.request = request
         self.meta = _meta(request.trace)
@@ -104,9 +114,12 @@ class Planner:
         self.seconds: dict[str, float] = {}
         self._watch = watch
         self._evaluate = evaluate
+        self._measure = measure
         self._refuse_knobs()
         self.space = self._space()
-        self._refuse_budget(request.budget_bytes)
+        self.budgets = self._budgets()
+        for budget in self.budgets:
+            self._refuse_budget(budget)
 
     # ---- the memory model ------------------------------------------------------------------------
 
@@ -138,6 +151,14 @@ class Planner:
             fixed_bytes=self.fixed_bytes(),
             spare=self.request.spare or self.knobs.spare,
         )
+
+    def _budgets(self) -> tuple[int, ...]:
+        """Of all plans, in bytes."""
+        request, space = self.request, self.space
+        experts = sum(space.expert_bytes) * space.experts
+        if request.shares:
+            return tuple(space.fixed_bytes + int(share * experts) for share in request.shares)
+        return (request.budget_bytes, *request.more_budgets)
 
     def _refuse_budget(self, budget_bytes: int) -> None:
         space, hardware = self.space, self.request.hardware
@@ -181,11 +202,32 @@ class Planner:
             replayed,
             self.space,
             self.survey.uses,
-            request.quality,
+            "mass" if request.quality == "loss" else request.quality,
             request.latency_of,
             self.knobs.period,
             self._watch,
         )
+
+    def _run(self, slots: IntArray, period: int) -> list[Trial]:
+        """Run allocations; where the model itself is asked, the quality is what it says."""
+        trials = self.evaluate(slots, period)
+        if self._measure is None:
+            return trials
+        measured = self._measured(slots, period)
+        return [replace(t, quality=float(q)) for t, q in zip(trials, measured, strict=True)]
+
+    def _measured(self, slots: IntArray, period: int) -> FloatArray:
+        assert self._measure is not None
+        return self._measure([self.decided(tuple(row), period) for row in slots.tolist()])
+
+    def decided(self, slots: Slots, period: int) -> Planned:
+        """What a run of an allocation is given."""
+        capacity = capacity_of(self.space, np.array(slots, np.int64))
+        starts = initial_experts(self.survey.uses, slots)
+        settings = self._settings()
+        if period:
+            settings += (f"{self.knobs.period}={period}",)
+        return Planned(self.request.policy, settings, replace(capacity, starts=starts))
 
     def _settings(self) -> tuple[str, ...]:
         """Without the period."""
@@ -212,7 +254,7 @@ class Planner:
         request = self.request
         if not self.knobs.period or request.period:
             return ()
-        start = one(rivals.uniform(self._unlimited(request.budget_bytes)).slots)
+        start = one(rivals.uniform(self._unlimited(self.budgets[0])).slots)
         requests = min(self.survey.requests, _SWEEP_REQUESTS)
         evaluate = self.evaluate
         if isinstance(evaluate, Replays):
@@ -256,12 +298,15 @@ class Planner:
             tables = rivals.mass_tables(self.survey.uses, self.space)
         else:
             with self._timed("rehearsal"):
-                tables = self._rehearsed(period).table(request.quality)
+                tables = self._proxy(period)
+            quality = tables[np.arange(self.space.layers), slots].sum(axis=1)
+            if self._measure is not None:
+                with self._timed("real runs"):
+                    quality = self._measured(slots, period)
             with self._timed("replays"):
                 # Of both kinds, spread over the draws.
                 some = np.unique(np.linspace(0, len(slots) - 1, request.checks).astype(np.int64))
-                trials = self.evaluate(slots[some], period)
-            quality = tables[np.arange(self.space.layers), slots].sum(axis=1)
+                trials = self._run(slots[some], period)
             samples = Samples(slots, quality, near, tuple(trials))
         with self._timed("fit"):
             ground = Ground(request, self.space, self.survey, self.costs, period)
@@ -272,12 +317,24 @@ class Planner:
         request, can = self.request, self.knobs.rehearsed and self._evaluate is None
         changed = bool(request.settings) or bool(request.swaps)
         can = can and not changed and request.quality != "hits"
+        if request.runs == "real":
+            if self._measure is None:
+                raise UsageError("--runs real: needs --model with a model that can be run")
+            return "real"
         if request.runs == "rehearsal" and not can:
             raise UsageError(
                 "--runs rehearsal: knows swapmoe as it is, without --set, --swaps or --quality "
                 "hits; use --runs replay"
             )
         return request.runs or ("rehearsal" if can else "replay")
+
+    def _proxy(self, period: int) -> FloatArray:
+        """float64 [layers, experts + 1]: each layer's part of a quality without the model."""
+        request = self.request
+        if request.runs == "real" and not self.knobs.rehearsed:
+            return rivals.mass_tables(self.survey.uses, self.space)
+        kind = "mass" if request.quality == "loss" else request.quality
+        return self._rehearsed(period).table(kind)
 
     def _rehearsed(self, period: int) -> Kept:
         request = self.request
@@ -292,24 +349,34 @@ class Planner:
             return rehearse(works, self.survey.uses, expert_norms(self.meta), period)
 
     def _drawn(self) -> tuple[IntArray, BoolArray]:
-        """Random allocations, each once, and which of them fill the budget."""
+        """Random allocations, each once, and which of them fill a budget."""
         request, space = self.request, self.space
         rng = np.random.default_rng([request.seed, 0])
-        slots = drawn_slots(space, request.configs, rng)
-        near = np.arange(request.configs) < round(request.near * request.configs)
-        lowest = int(space.memory_bytes(space.lowest()))
-        whole = int(space.memory_bytes(np.full(space.layers, space.experts)))
-        budgets = rng.integers(lowest, whole + 1, request.configs)
-        budgets[near] = request.budget_bytes
-        slots = filled(space, trimmed(space, slots, budgets, rng), budgets, rng)
-        _, first = np.unique(slots, axis=0, return_index=True)
-        first = np.sort(first)
-        if len(first) < 4:
+        slots, near = np.zeros((0, space.layers), np.int64), np.zeros(0, bool)
+        for _ in range(_DRAWS):
+            more, fills = self._draw(request.configs - len(slots), rng)
+            slots, near = np.concatenate((slots, more)), np.concatenate((near, fills))
+            _, first = np.unique(slots, axis=0, return_index=True)
+            slots, near = slots[np.sort(first)], near[np.sort(first)]
+            if len(slots) == request.configs:
+                break
+        if len(slots) < 4:
             raise UsageError(
-                f"{self.model.name}: there are only {len(first)} allocations of {space.least} to "
+                f"{self.model.name}: there are only {len(slots)} allocations of {space.least} to "
                 f"{space.experts} experts a layer; there is nothing to plan"
             )
-        return slots[first], near[first]
+        return slots, near
+
+    def _draw(self, count: int, rng: np.random.Generator) -> tuple[IntArray, BoolArray]:
+        """Random allocations, some of them perhaps twice."""
+        space = self.space
+        slots = drawn_slots(space, count, rng)
+        near = np.arange(count) < round(self.request.near * count)
+        lowest = int(space.memory_bytes(space.lowest()))
+        whole = int(space.memory_bytes(np.full(space.layers, space.experts)))
+        budgets = rng.integers(lowest, whole + 1, count)
+        budgets[near] = np.resize(np.array(self.budgets, np.int64), int(near.sum()))
+        return filled(space, trimmed(space, slots, budgets, rng), budgets, rng), near
 
     # ---- the plan --------------------------------------------------------------------------------
 
@@ -324,7 +391,7 @@ class Planner:
             If no allocation is predicted to meet the latency limit: names the nearest.
         """
         request = self.request
-        budget = request.budget_bytes if budget_bytes is None else budget_bytes
+        budget = self.budgets[0] if budget_bytes is None else budget_bytes
         self._refuse_budget(budget)
         problem = self.problem(budget)
         found = self._searched(problem, known)
@@ -386,7 +453,7 @@ class Planner:
         """Every method's allocation by the models and by one more run."""
         distinct = dict.fromkeys(f.slots for f in found.values() if isinstance(f, Found))
         with self._timed("comparison"):
-            runs = self.evaluate(np.array(list(distinct), np.int64), self.period)
+            runs = self._run(np.array(list(distinct), np.int64), self.period)
         seen = {trial.slots: trial for trial in runs}
         return tuple(
             Alternative(name, not_run=f)
@@ -411,9 +478,7 @@ class Planner:
         request, space, period = self.request, self.space, self.period
         mine = next(a for a in alternatives if a.name == request.method)
         assert mine.predicted is not None and mine.replayed is not None
-        settings = self._settings()
-        if period:
-            settings += (f"{self.knobs.period}={period}",)
+        run = self.decided(chosen.slots, period)
         return Plan(
             model=self.model.name,
             layers=space.layers,
@@ -424,12 +489,12 @@ class Planner:
             hardware=request.hardware.name,
             budget_bytes=budget,
             policy=request.policy,
-            settings=settings,
+            settings=run.settings,
             slots=chosen.slots,
             spare=space.spare,
             period=period,
             swaps=request.swaps or self.knobs.swaps_default,
-            initial=initial_experts(self.survey.uses, chosen.slots),
+            initial=run.capacity.starts or (),
             method=request.method,
             predicted=mine.predicted,
             replayed=mine.replayed,
@@ -481,11 +546,11 @@ class Planner:
         best = max(ran, key=lambda a: _replayed_quality(a, self.request.latency_limit_ns))
         mine = next(a for a in ran if a.name == plan.method)
         gain = _replayed_quality(best, math.inf) - _replayed_quality(mine, math.inf)
+        measured = self.request.quality == "loss"
+        how = "measured," if measured else "in replay"
+        gained = f"loses {gain:.4f} nats less" if measured else f"keeps {gain:.4f} more"
         if gain > _WORTH_TELLING:
-            yield (
-                f"in replay {best.name} keeps {gain:.4f} more than {plan.method}; --method "
-                f"{best.name} takes it"
-            )
+            yield (f"{how} {best.name} {gained} than {plan.method}; --method {best.name} takes it")
         limit = self.request.latency_limit_ns
         if plan.replayed.latency_ns > limit:
             yield (
@@ -541,7 +606,8 @@ def _flat(report: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(figures, Mapping)
         for key, value in figures.items()
     ]
-    pairs.append(("memory_alone_spearman", report["memory_alone"]))
+    alone = ("memory_alone", "proxy", "proxy_at_budget")
+    pairs += [(f"{name}_spearman", report[name]) for name in alone]
     return {key: value for key, value in pairs if value is not None}
 
 

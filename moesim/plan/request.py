@@ -21,7 +21,7 @@ METHODS = ("genetic", "uniform", "greedy", "importance", "evolution", "exact")
 """``exact``: dynamic programming where quality is a sum over layers: over the rehearsed quality, or
 over what sets that never change would keep."""
 
-RUNS = ("rehearsal", "replay")
+RUNS = ("rehearsal", "replay", "real")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Request:
     trace: Path
     hardware: HardwareProfile
     budget_bytes: int
+    """0: the first of ``shares``."""
     model: ModelProfile | None = None
     """None: the one that the trace was recorded from."""
     policy: str = "swapmoe"
@@ -53,7 +54,8 @@ class Request:
     """What the sweep of the period takes for a rise of latency, as a share."""
     runs: str = ""
     """What random allocations are run by: the rehearsal (``moesim.plan.rehearse``), of which
-    ``checks`` are replayed as well, or replay; "": the rehearsal where the policy has one."""
+    ``checks`` are replayed as well, or replay, or the model itself (``real``, of which ``checks``
+    are replayed for their latency); "": the rehearsal where the policy has one."""
     configs: int = 200
     checks: int = 6
     held_out: float = 0.2
@@ -70,6 +72,10 @@ class Request:
     limit: int | None = None
     chunk_tokens: int = 0
     seed: int = 0
+    more_budgets: tuple[int, ...] = ()
+    """Other budgets that the same runs shall serve: those that fill a budget fill these in turn."""
+    shares: tuple[float, ...] = ()
+    """Budgets instead, as shares of the experts' bytes on top of what every plan holds."""
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -84,6 +90,11 @@ class Request:
                 raise UsageError(
                     f"{option} {value}: must be one of {', '.join(filter(None, known))}"
                 )
+        if (self.quality == "loss") != (self.runs == "real"):
+            raise UsageError(
+                f"--quality {self.quality}: --runs real measures loss, and nothing else does; give "
+                "both or neither"
+            )
         if self.checks < 2:
             raise UsageError(f"--checks {self.checks}: too few to fit anything; give at least 2")
         if self.configs < 10:

@@ -18,6 +18,7 @@ from moesim.types import ExpertId, IntArray
 QUALITIES = {
     "mass": "share of the gate mass that is kept (a proxy)",
     "agreement": "share of the chosen experts that are executed (a proxy)",
+    "loss": "minus the model's own loss on text, nats a token (measured)",
     "hits": "share of accesses that hit (the result is exact, quality is speed)",
 }
 _AT_ONCE = 50

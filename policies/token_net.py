@@ -1,0 +1,294 @@
+"""A predictor over tokens, in the manner of MoE-Beyond (Gavhane et al., arXiv 2508.17137).
+
+MoE-Beyond fits a small transformer on recorded activations: from a token's embedding and a layer's
+number it predicts, as a multi-label problem, which experts the token will activate there. It is
+simulated only, at batch 1; neither how its predictions reach a cache, nor what they cost, is said.
+
+Here a small network for each layer (one hidden layer, as ProMoE's) stands for the transformer, and
+sees what a trace holds of the same facts:
+
+- the embedding of the token, scaled to a root mean square of 1 and cut at 4; left out where the
+  trace has none;
+- which experts the layer chose for the request's last token, and how often for those before it
+  (halved every four tokens or so): the sequence that the transformer attends to;
+- which experts the layer ``distance`` before it chose for this token; none for the first layers,
+  which are predicted when the pass begins.
+
+``moesim fit --policy moe-beyond`` trains it, rounds it to integers and stores it; the requests that
+it was fitted on are refused (``moesim.policies.fitted`` has both). A forecast is made for decoding
+passes alone, as there; it is delivered by a background job of as many operations as the networks
+have weights. Under it lies LRU, evicting whatever is predicted or not, as in the paper's baseline.
+
+Choices where the source is silent: a token names its best ``width`` experts (0: the model's top k);
+a prompt counts as one token that chose each expert as often as its tokens did on average.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moesim.errors import NotRunError, UsageError
+from moesim.policies.fitted import (
+    MOST_INPUT,
+    Known,
+    Net,
+    chosen,
+    nets_of,
+    packed,
+    probabilities,
+    read,
+    wrong_networks,
+)
+from moesim.policies.forecast import ForecastSeat, Foresight
+from moesim.protocol import World
+from moesim.types import (
+    PROBABILITY_ONE,
+    AnyArray,
+    Fact,
+    Forecast,
+    Gate,
+    IntArray,
+    IterationBegin,
+    LayerEvent,
+    Needs,
+    Phase,
+    RequestEnd,
+    Slot,
+)
+
+FORMAT = "moesim token predictor 1"
+ONE = PROBABILITY_ONE
+FADE_SHIFT = 3
+"""A layer's counts lose one eighth at each token."""
+
+FIT = "moesim fit --policy moe-beyond --trace TRACE --split 7:3 --out moe-beyond.npz"
+MEND = f"fit one with `{FIT}`, then give --split 7:3 --set prefetch.weights=moe-beyond.npz"
+
+
+# ---- what it sees --------------------------------------------------------------------------------
+
+
+def levelled(vector: AnyArray | None, wide: int) -> IntArray:
+    """Kernel: an embedding at a root mean square of 1, in 1/16384, cut at 4; zeros for None."""
+    if vector is None or not wide:
+        return np.zeros(wide, np.int64)
+    values = vector.astype(np.int64)
+    size = max(1, math.isqrt(sum(int(v) * int(v) for v in values.tolist()) // len(values)))
+    return np.clip(values * ONE // size, -MOST_INPUT, MOST_INPUT)
+
+
+def shares(rows: AnyArray, experts: int) -> IntArray:
+    """Kernel: int64 [E] in 1/16384, the share of tokens [T, k] that chose each expert."""
+    named = rows.reshape(-1)
+    counts = np.bincount(named[named < experts], minlength=experts)
+    return counts.astype(np.int64) * ONE // max(1, len(rows))
+
+
+def faded(before: IntArray, now: IntArray) -> IntArray:
+    """Kernel: a running mean, in 1/16384."""
+    return before + ((now - before) >> FADE_SHIFT)
+
+
+class Sight:
+    """What the networks see of one request: of every layer, the last token and those before it."""
+
+    def __init__(self, layers: int, experts: int, distance: int, wide: int) -> None:
+        self._distance, self._wide = distance, wide
+        self.embedding = np.zeros(wide, np.int64)
+        self.last = np.zeros((layers, experts), np.int64)
+        self.often = np.zeros((layers, experts), np.int64)
+        self.here = np.zeros((layers, experts), np.int64)
+        """Of this pass alone."""
+
+    def begin(self, embedding: AnyArray | None) -> None:
+        """A forward pass."""
+        self.embedding = levelled(embedding, self._wide)
+        self.here[:] = 0
+
+    def inputs(self, layer: int) -> IntArray:
+        """int64 [F] in 1/16384: what the network of a layer sees now."""
+        before = layer - self._distance
+        near = self.here[before] if before >= 0 else np.zeros_like(self.last[layer])
+        return np.concatenate((self.embedding, self.last[layer], self.often[layer], near))
+
+    def see(self, layer: int, rows: AnyArray) -> None:
+        """What a layer has chosen for the tokens of this pass, [T, k]."""
+        now = shares(rows, self.last.shape[1])
+        self.last[layer] = self.here[layer] = now
+        first = not self.often[layer].any()
+        self.often[layer] = now if first else faded(self.often[layer], now)
+
+
+def wide_of(experts: int, embedding: int) -> int:
+    """Inputs of a network."""
+    return embedding + 3 * experts
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNets:
+    """A fitted network for each layer (``moesim.policies.fitted.Networks`` has the rest).
+
+    embedding : components of an embedding, 0 for none. distance : layers before, see the module.
+    """
+
+    layers: int
+    experts: int
+    distance: int
+    embedding: int
+    trace: str
+    split: str
+    requests: AnyArray
+    prints: AnyArray
+    w1: AnyArray
+    b1: AnyArray
+    scale: AnyArray
+    w2: AnyArray
+    b2: AnyArray
+    unit: AnyArray
+    samples: AnyArray
+
+    def to_bytes(self) -> bytes:
+        """The file. Equal predictors give equal bytes."""
+        return packed(self, FORMAT)
+
+    def problem(self) -> str:
+        """What is wrong with its parts; empty if nothing."""
+        sizes = (self.layers, self.experts, self.distance, self.embedding + 1)
+        if not all(type(n) is int and n > 0 for n in sizes):
+            return "its sizes are no such"
+        return wrong_networks(self, self.layers, wide_of(self.experts, self.embedding))
+
+
+def load(path: Path) -> tuple[TokenNets, str]:
+    """Read a predictor, and the SHA-256 (hex) of its file.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing, damaged, or none of ``moesim fit``'s.
+    """
+    return read(path, TokenNets, FORMAT, MEND)
+
+
+# ---- the seat ------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenNet(ForecastSeat):
+    """Prefetches what fitted networks expect of a token, from its embedding and its request.
+
+    weights : the file that ``moesim fit --policy moe-beyond`` wrote.
+    digest : SHA-256 of that file; filled in, and compared where it is given.
+    width : experts taken of each token; 0 takes the model's top k.
+    """
+
+    name = "token-net"
+    source = "arXiv 2508.17137"
+    cost = "O(T F H) for F = d + 3 E"
+    weights: str = ""
+    digest: str = ""
+    width: int = 0
+    predictor: TokenNets | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read the file; what it takes in is what the policy needs."""
+        super().__post_init__()
+        if self.width < 0:
+            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
+        if self.weights:
+            self._load(Path(self.weights))
+
+    def _load(self, path: Path) -> None:
+        self.predictor, digest = load(path)
+        if self.digest not in ("", digest):
+            raise UsageError(
+                f"prefetch.weights={path}: is not the file of digest {self.digest[:12]}; name that "
+                "one, or leave out prefetch.digest"
+            )
+        self.digest = digest
+        self.needs = Needs.EMBEDDING if self.predictor.embedding else Needs.NONE  # type: ignore[misc]
+
+    def begin(self, world: World) -> None:
+        """Refuse to run without a predictor, or with another model's."""
+        fitted = self.predictor
+        if fitted is None:
+            raise NotRunError(f"not run: moe-beyond needs a fitted predictor; {MEND}")
+        if (fitted.layers, fitted.experts) != (world.layers, world.experts):
+            raise UsageError(
+                f"prefetch.weights={self.weights}: was fitted for {fitted.layers} layers of "
+                f"{fitted.experts} experts, the trace has {world.layers} of {world.experts}; fit "
+                "one on a trace of the same model"
+            )
+        self.fitted = fitted
+        self.nets: dict[int, Net] = nets_of(fitted)
+        self.known = Known(fitted, self.weights, FIT)
+        self.sights: dict[int, Sight] = {}
+        super().begin(world)
+
+    def foresee(self, fact: Fact) -> Foresight | None:
+        """The first layers when a pass begins, after each gate the layer ``distance`` on."""
+        self.known.hear(fact)
+        if isinstance(fact, IterationBegin):
+            return self._at_begin(fact)
+        if isinstance(fact, RequestEnd):
+            self.sights.pop(fact.request, None)
+        return self._at_gate(fact.source) if isinstance(fact, Gate) else None
+
+    def _at_begin(self, fact: IterationBegin) -> Foresight | None:
+        sight = self._sight_of(fact.request)
+        sight.begin(self._fitting(fact.embedding))
+        if fact.phase == Phase.PREFILL:
+            return None
+        first = self.world.decode_from
+        targets = range(first, min(first + self.fitted.distance, self.world.layers))
+        forecasts = [self._forecast(la, [sight]) for la in targets if la in self.nets]
+        return self._costed(forecasts, 1) if forecasts else None
+
+    def _at_gate(self, source: LayerEvent) -> Foresight | None:
+        decoding: list[Sight] = []
+        for slot in source.slots:
+            sight = self._seen(slot, source)
+            if slot.phase == Phase.DECODE:
+                decoding.append(sight)
+        target = source.layer + self.fitted.distance
+        if not decoding or target not in self.nets:
+            return None
+        return self._costed([self._forecast(target, decoding)], len(decoding))
+
+    def _seen(self, slot: Slot, source: LayerEvent) -> Sight:
+        sight = self._sight_of(slot.request)
+        sight.see(source.layer, source.token_experts[slot.first : slot.first + slot.tokens])
+        return sight
+
+    def _sight_of(self, request: int) -> Sight:
+        fitted = self.fitted
+        if request not in self.sights:
+            shape = (fitted.layers, fitted.experts, fitted.distance, fitted.embedding)
+            self.sights[request] = Sight(*shape)
+        return self.sights[request]
+
+    def _fitting(self, embedding: AnyArray | None) -> AnyArray | None:
+        wide = self.fitted.embedding
+        if embedding is not None and wide and len(embedding) != wide:
+            raise UsageError(
+                f"prefetch.weights={self.weights}: was fitted on embeddings of {wide} components, "
+                f"the trace's have {len(embedding)}; fit one on a trace of the same model"
+            )
+        return embedding
+
+    def _forecast(self, layer: int, sights: list[Sight]) -> Forecast:
+        inputs = np.stack([sight.inputs(layer) for sight in sights]).astype(np.float64)
+        found = self.nets[layer](inputs)
+        likely = probabilities(found, int(self.fitted.unit[layer])).max(axis=0)
+        return Forecast(layer, likely, chosen(found, self.width or self.world.top_k))
+
+    def _costed(self, forecasts: list[Forecast], tokens: int) -> Foresight:
+        weights = self.fitted.w1[0].size + self.fitted.w2[0].size
+        return Foresight(forecasts, len(forecasts) * tokens * weights, 0)

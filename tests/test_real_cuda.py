@@ -1,0 +1,348 @@
+"""The CUDA device without one: its streams' order, its memory, what goes wrong.
+
+What no stand-in can show (times, real copies beside real kernels) is in ``test_hardware.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+import torch
+
+from moesim.cli import main
+from moesim.errors import NotRunError, UsageError
+from moesim.real import banks, cuda
+from moesim.real.cuda import Claim, Cuda, Meter, Pins
+from moesim.real.errors import ExecutionError
+from moesim.real.host_bank import HostBank
+from moesim.real.lanes import Lanes
+from moesim.real.memory import Fit, Needs, fit_beside
+from moesim.real.run import Banks, RealRequest, execute, open_banks
+from moesim.real.slots import SlotLedger
+from moesim.serving import Server
+from moesim.tally import Tally
+from tests.cuda_stand_in import Event, StandIn, Stream, Watched, base_of
+from tests.harness import inputs_of, setup_of, spec_of, works_of
+from tests.strategies import DEMAND_ONLY, LOSSLESS, Case, cases, machine
+from tests.test_real import enlarged, really, roomy, serving, whole_slots
+from tests.test_real_faults import request
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No device is needed, and none is used."""
+    StandIn.reset()
+    monkeypatch.setattr(cuda, "_CUDA", StandIn)
+    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_LOCKS", tmp_path_factory.mktemp("locks"))
+
+
+@pytest.fixture
+def nothing_is_pinned() -> Iterator[None]:
+    """What was registered is let go."""
+    yield
+    assert not StandIn.registered
+
+
+def judged(device: Cuda) -> Cuda:
+    """Its slots tell when they are written, its experts when they are read."""
+    for size, slots in device._slots.items():
+        device._slots[size] = slots.as_subclass(Watched)
+        StandIn.strides[slots.untyped_storage().data_ptr()] = slots.stride(0)
+    compute = device._experts.compute
+
+    def reading(weights: torch.Tensor, tokens: int) -> None:
+        StandIn.touch(base_of(weights), False, "an expert")
+        compute(weights.as_subclass(torch.Tensor), tokens)
+
+    device._experts.compute = reading  # type: ignore[method-assign]
+    return device
+
+
+def on_streams(case: Case, name: str, *, verify: bool = True) -> Tally:
+    """Run a policy on a CUDA device that is none."""
+    spec = spec_of(name)
+    policy = spec.build()
+    setup = serving(setup_of(case, policy, spec.initial))
+    ledger = SlotLedger(setup.world, setup.world.top_k if policy.bypass else 0)
+    longest = max(int(rows.position.max()) + 1 for rows in case.requests)
+    needs = Needs.of(case.model, ledger.slots, case.batch, longest)
+    pins = Pins()
+    bank = HostBank(needs.expert_bytes, needs.experts, torch.bfloat16, 0, pins.pin)
+    whole = Fit(needs.experts, needs.layers)
+    device = Cuda(case.model, ledger, needs, whole, bank, threads=1, verify=verify,
+                  closing=pins.close)  # fmt: skip
+    with Lanes(judged(device), ledger, setup.costs, watchdog_s=20) as lanes:
+        server = Server(setup, lanes, ledger)
+        for work in works_of(case, inputs_of(policy), arrivals=False):
+            server.offer(work)
+            server.advance()
+        server.close()
+        assert server.advance()
+    moved, _ = device._meter.total()
+    tally = server.tally
+    assert moved == tally.counts().bytes_loaded + tally.initial_bytes
+    device.close()
+    whole_slots(ledger)
+    return tally
+
+
+few = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@few
+@given(case=cases(arrivals=False), name=st.sampled_from(DEMAND_ONLY))
+def test_law_a_on_streams(case: Case, name: str) -> None:
+    """What is decided is what the processor's lanes decide; every copy holds its expert."""
+    made = roomy(enlarged(case))
+    assert on_streams(made, name).decision_digest == really(made, name)[0].decision_digest
+    assert not StandIn.registered
+
+
+@few
+@given(case=cases(arrivals=False), name=st.sampled_from(LOSSLESS))
+def test_no_slot_is_touched_out_of_order(case: Case, name: str) -> None:
+    """Whatever the policy: no copy overwrites what still computes, no expert reads what still
+    arrives, by the events alone."""
+    StandIn.reset()
+    small = machine(chunk_bytes=64)
+    on_streams(roomy(enlarged(Case(**{**_fields(case), "hardware": small}))), name, verify=False)
+    assert not StandIn.hazards
+
+
+def _fields(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in Case.__slots__}
+
+
+def test_the_judge_sees_streams_that_do_not_wait() -> None:
+    """The law above can fail."""
+    from tests.strategies import decode_case
+
+    StandIn.deaf = True
+    case = enlarged(decode_case([[[0]], [[1]], [[0]], [[1]]], 2, 1, machine()))
+    on_streams(roomy(case), "lru", verify=False)
+    assert any("an expert races with a write" in told for told in StandIn.hazards)
+
+
+def test_a_chunk_is_given_while_the_one_before_moves() -> None:
+    """The host waits for all chunks of a copy but the last, which the device waits for."""
+    from tests.strategies import decode_case
+
+    case = enlarged(decode_case([[[0]]], 2, 1, machine(chunk_bytes=1)))
+    case = Case(**{**_fields(case), "hardware": machine(chunk_bytes=16)})
+    on_streams(case, "lru", verify=False)
+    gates = 2 + 2  # twice to warm up, a layer, the head
+    chunks = 96 // 16
+    assert StandIn.waits == gates + chunks - 1
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+NEEDS = Needs({1024: 8}, 1024, 64, 4096, 4, 2048, 2, position_bytes=16, sequences=2, positions=64)
+
+
+@given(st.integers(0, 60_000), st.integers(0, 100_000))
+def test_what_is_planned_fits_both_memories(device: int, ram: int) -> None:
+    fixed = 8 * 1024 + 2048 + 16 * 2 * 64
+    try:
+        found = fit_beside(NEEDS, device, ram, "12%")
+    except UsageError as error:
+        assert device < fixed + 4096 or ram < 2 * 1024
+        assert "--capacity 12%" in str(error) or str(error).startswith("--ram")
+        return
+    assert fixed + found.dense_buffers * 4096 <= device and 1 <= found.dense_buffers <= 4
+    assert found.expert_buffers * 1024 <= ram and 2 <= found.expert_buffers <= 64
+
+
+def test_a_bank_too_large_names_what_would_fit() -> None:
+    rest = 2048 + 16 * 2 * 64 + 4096
+    with pytest.raises(UsageError, match="give --capacity 5 experts or less") as refused:
+        fit_beside(NEEDS, rest + 5 * 1024 + 1023, 10**6, "12%")
+    assert "0.000 GB of the device's memory are free" in str(refused.value)
+    assert fit_beside(
+        Needs({1024: 5}, 1024, 64, 4096, 4, 2048, 2, 16, 2, 64), rest + 5 * 1024 + 1023, 10**6, ""
+    )
+
+
+def cuda_request(out: Path, **more: Any) -> RealRequest:
+    """A short run of the sample on the device."""
+    return request(out, device="cuda", **more)
+
+
+@pytest.mark.parametrize("refuses", [0, 2])
+def test_a_run_says_whether_memory_was_pinned(
+    refuses: int, tmp_path: Path, nothing_is_pinned: None
+) -> None:
+    StandIn.refuses = refuses
+    told = execute(cuda_request(tmp_path, verify=True))["runs"][0]
+    device = told["device"]
+    assert device["kind"] == "cuda" and device["pinned"] is not bool(refuses)
+    assert ("was refused (error 2)" in device["why_pageable"]) is bool(refuses)
+    assert told["link_bytes_per_s"] > 0
+    assert StandIn.emptied == 1
+    assert [p.name for p in tmp_path.iterdir()] == [Path(told["run_dir"]).name]
+
+
+def test_memory_that_runs_out_on_the_way_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_pinned: None
+) -> None:
+    """mem_get_info said yes; then somebody else was quicker."""
+
+    def full(*args: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(cuda.DenseParts, "random", full)
+    with pytest.raises(UsageError, match="the device's memory ran out while the banks were made"):
+        execute(cuda_request(tmp_path))
+    assert not list(tmp_path.iterdir()) and StandIn.emptied == 1
+
+
+def test_a_device_that_is_full_is_refused_by_name(tmp_path: Path, nothing_is_pinned: None) -> None:
+    StandIn.free = 1000
+    with pytest.raises(UsageError, match="of the device's memory are free; give --capacity"):
+        execute(cuda_request(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_stay_where_they_are_between_runs(nothing_is_pinned: None, tmp_path: Path) -> None:
+    """One process serves many runs of a model."""
+    kept = Banks()
+    try:
+        first = execute(cuda_request(tmp_path), open_device=kept.open)["runs"][0]
+        held = kept._held
+        assert held is not None
+        bank, pinned = held._bank, list(StandIn.registered)
+        assert pinned
+        again = execute(cuda_request(tmp_path, policy="lfu"), open_device=kept.open)["runs"][0]
+        assert held._bank is bank and pinned == StandIn.registered
+        assert first["run_dir"] != again["run_dir"]
+    finally:
+        kept.close()
+
+
+def test_a_copy_that_fails_is_named(tmp_path: Path, nothing_is_pinned: None) -> None:
+    """An error of the device comes to light where somebody waits."""
+
+    def open_broken(*args: Any) -> Any:
+        device = open_banks(*args)
+        start = device.start_computing
+
+        def started() -> None:
+            start()
+            StandIn.broken = True
+
+        device.start_computing = started  # type: ignore[method-assign]
+        return device
+
+    with pytest.raises(ExecutionError, match=r"thread died while .+: RuntimeError: CUDA error: an"):
+        execute(cuda_request(tmp_path), open_device=open_broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog's line comes; nothing is freed under work that goes on."""
+    monkeypatch.setattr(cuda, "_LEAVE_S", 0.05)
+    # It would be held to the end of the process.
+    monkeypatch.setattr(banks, "Claim", SimpleNamespace)
+
+    def open_hung(*args: Any) -> Any:
+        device = open_banks(*args)
+
+        def dense(*args: Any) -> None:
+            StandIn.hangs = True
+            time.sleep(1.5)
+
+        device.start_computing = lambda: None  # type: ignore[method-assign]
+        device.dense = dense  # type: ignore[method-assign]
+        return device
+
+    with pytest.raises(ExecutionError, match="the compute thread has not come forward"):
+        execute(cuda_request(tmp_path, watchdog_s=0.5), open_device=open_hung)
+    assert StandIn.emptied == 0 and not list(tmp_path.iterdir())
+    StandIn.registered.clear()
+    time.sleep(1)
+
+
+def test_a_device_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy() -> Any:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nmore")
+
+    monkeypatch.setattr(StandIn, "mem_get_info", busy)
+    with pytest.raises(NotRunError, match=r"cannot be used \(CUDA error: all.+busy\); see who"):
+        execute(cuda_request(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- one device, one process ---------------------------------------------------------------------
+
+
+def test_two_processes_on_one_device_are_told_apart(tmp_path: Path) -> None:
+    first = Claim()
+    try:
+        with pytest.raises(UsageError, match=r"process \d+ of moesim uses this device"):
+            execute(cuda_request(tmp_path))
+        assert not list(tmp_path.iterdir())
+    finally:
+        first.close()
+    execute(cuda_request(tmp_path))
+    assert list(tmp_path.iterdir())
+
+
+def test_without_a_device_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StandIn, "is_available", staticmethod(lambda: False))
+    with pytest.raises(NotRunError, match="torch finds no CUDA device here"):
+        execute(cuda_request(tmp_path))
+    words = ["real", "run", "--trace", "demo", "--limit", "1", "--device", "cuda"]
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--device cuda" in err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_meter_adds_up_what_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_SETTLED", 2)
+    meter = Meter()
+    for i in range(5):
+        begin, end = Event(), Event()
+        begin.ns, end.ns = 1000 * i, 1000 * i + 10 * (i + 1)
+        meter.add(begin, end, i)
+    assert len(meter._pending) == 2
+    assert meter.total() == (10, 150)
+
+
+def test_a_stream_follows_what_it_waited_for() -> None:
+    """The judge's own clock."""
+    one, two, event = Stream(), Stream(), Event()
+    with StandIn.stream(one):
+        StandIn.touch(0, True, "a write")
+    event.record(one)
+    with StandIn.stream(two):
+        StandIn.touch(0, False, "a read")
+    assert len(StandIn.hazards) == 1
+    two.wait_event(event)
+    with StandIn.stream(two):
+        StandIn.touch(0, False, "a read")
+    assert len(StandIn.hazards) == 1
+
+
+def test_banks_need_no_device_to_be_imported() -> None:
+    assert banks.HeldBank("cpu")._claim is None
+    assert "moesim.real.cuda" in sys.modules
