@@ -29,7 +29,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import NullCache
 
-from moesim.compiler import PartCompiler, WholeCompiler
+from moesim.compiler import PartCompiler, WholeCompiler, remembering
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -218,8 +218,9 @@ def _load(folder: Path | None, calls: Iterable[tuple[Any, Any]]) -> None:
                 _keep(function, folder)
         if not all(_is_kept(function) for function, _ in calls):
             _announce("once for this version" if folder else "every time: no folder to keep it in")
-        for function, signature in calls:
-            _compile(function, signature)
+        with remembering():
+            for function, signature in calls:
+                _compile(function, signature)
 
 
 def _compile(function: Any, signature: Any) -> None:

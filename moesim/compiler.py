@@ -11,18 +11,35 @@ every call. Here parts get the tuple's address; once they are inlined nothing of
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import EnumMeta
 from typing import Any
 
+import numba
 from numba import _dynfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils, ir
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
 from numba.core.datamodel import models
+from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering
-from numba.core.typing.templates import AttributeTemplate
+from numba.core.typing.templates import (
+    AbstractTemplate,
+    AttributeTemplate,
+    infer_global,
+    signature,
+)
 from numba.core.untyped_passes import FixupArgs
-from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, register_model
+from numba.extending import (
+    infer_getattr,
+    intrinsic,
+    lower_builtin,
+    lower_getattr_generic,
+    register_model,
+)
 
 # ---- a tuple by its address ----------------------------------------------------------------------
 
@@ -53,13 +70,17 @@ class HeldFields(AttributeTemplate):
     def generic_resolve(self, value: Any, attr: Any) -> Any:  # type: ignore[override]
         """The type of a field; None if there is none of that name."""
         fields = value.whole.fields
-        return value.whole.types[fields.index(attr)] if attr in fields else None
+        if attr not in fields:
+            return None
+        kind = value.whole.types[fields.index(attr)]
+        return Cells(kind) if _is_cells(value.whole, kind) else kind
 
 
 @lower_getattr_generic(Held)
 def _field(context: Any, builder: Any, held: Held, address: Any, name: str) -> Any:
-    place = cgutils.gep_inbounds(builder, address, 0, held.whole.fields.index(name))
-    return builder.load(place)
+    field = held.whole.fields.index(name)
+    place = cgutils.gep_inbounds(builder, address, 0, field)
+    return place if _is_cells(held.whole, held.whole.types[field]) else builder.load(place)
 
 
 @intrinsic
@@ -103,6 +124,203 @@ def _held(line: Any, scope: Any) -> list[Any]:
         ir.Assign(ir.Global("hold", hold, line.loc), function, line.loc),
         ir.Assign(state, line.target, line.loc),
     ]
+
+
+# ---- an array whose indices are at least 0 --------------------------------------------------------
+
+
+class Cells(types.Type):
+    """A contiguous array of a held tuple, none of whose indices count from its end: numba would
+    test each for that, which is most of the code of a read."""
+
+    def __init__(self, array: Any) -> None:
+        super().__init__(f"Cells({array})")
+        self.array = array
+
+    def is_place(self, index: Any) -> bool:
+        """Whether an index names one element."""
+        kinds = tuple(index.types) if isinstance(index, types.BaseTuple) else (index,)
+        return len(kinds) == self.array.ndim and all(isinstance(k, types.Integer) for k in kinds)
+
+
+def _is_cells(whole: Any, kind: Any) -> bool:
+    """Whether a tuple's class says so; what is to be checked stays an array."""
+    config: Any = numba.config
+    says = getattr(whole.instance_class, "INDICES_ARE_PLACES", False)
+    return says and kind.ndim <= 2 and kind.layout == "C" and not config.BOUNDSCHECK
+
+
+@register_model(Cells)
+class CellsModel(models.PrimitiveModel):
+    """A pointer to the array's value."""
+
+    def __init__(self, manager: Any, cells: Cells) -> None:
+        value = manager.lookup(cells.array).get_value_type()
+        super().__init__(manager, cells, value.as_pointer())
+
+
+@infer_global(operator.getitem)
+class CellsRead(AbstractTemplate):
+    """An element, or a slice as of any array."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        """The signature; None if it is about something else."""
+        cells, index = args
+        if not isinstance(cells, Cells):
+            return None
+        if cells.is_place(index):
+            return signature(cells.array.dtype, cells, index)
+        whole = self.context.resolve_function_type(operator.getitem, (cells.array, index), {})
+        return signature(whole.return_type, cells, whole.args[1])
+
+
+@infer_global(operator.setitem)
+class CellsWrite(AbstractTemplate):
+    """An element."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        """The signature; None if it is about something else."""
+        cells, index, _ = args
+        if isinstance(cells, Cells) and cells.is_place(index):
+            return signature(types.void, cells, index, cells.array.dtype)
+        return None
+
+
+@infer_global(len)
+class CellsLength(AbstractTemplate):
+    """How many rows."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        """The signature; None if it is about something else."""
+        return signature(types.int64, *args) if isinstance(args[0], Cells) else None
+
+
+@lower_builtin(operator.getitem, Cells, types.Any)
+def _read(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    cells, index = sig.args
+    if cells.is_place(index):
+        return builder.load(_place(context, builder, sig.args, args))
+    known = signature(sig.return_type, cells.array, index)
+    function = context.typing_context.resolve_value_type(operator.getitem)
+    function.get_call_type(context.typing_context, known.args, {})
+    slices = context.get_function(function, known)
+    return slices(builder, (builder.load(args[0]), args[1]))
+
+
+@lower_builtin(operator.setitem, Cells, types.Any, types.Any)
+def _write(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    builder.store(args[2], _place(context, builder, sig.args, args))
+    return context.get_dummy_value()
+
+
+@lower_builtin(len, Cells)
+def _length(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return _extent(context, builder, sig.args[0], args[0], 0)
+
+
+def _place(context: Any, builder: Any, kinds: Any, values: Any) -> Any:
+    """The address of an element."""
+    cells, index = kinds[:2]
+    if isinstance(index, types.BaseTuple):
+        indices = cgutils.unpack_tuple(builder, values[1], len(index))
+        of = [context.cast(builder, v, k, types.int64) for v, k in zip(indices, index, strict=True)]
+    else:
+        of = [context.cast(builder, values[1], index, types.int64)]
+    at = of[0]
+    for axis in range(1, len(of)):
+        extent = _extent(context, builder, cells, values[0], axis)
+        at = builder.add(builder.mul(at, extent), of[axis])
+    array = context.make_helper(builder, cells.array, ref=values[0])
+    return builder.gep(array.data, [at], inbounds=True)
+
+
+def _extent(context: Any, builder: Any, cells: Any, address: Any, axis: int) -> Any:
+    array = context.make_helper(builder, cells.array, ref=address)
+    return builder.extract_value(array.shape, axis)
+
+
+# ---- types, found once ---------------------------------------------------------------------------
+
+
+@register_pass(mutates_CFG=False, analysis_only=False)
+class PlainNumbers(FunctionPass):
+    """Names of rows and other whole numbers become int64: to numba each is a type of its own."""
+
+    _name = "plain_numbers"
+
+    def __init__(self) -> None:
+        FunctionPass.__init__(self)
+
+    def run_pass(self, state: Any) -> bool:
+        """Rewrite every block."""
+        for block in state.func_ir.blocks.values():
+            block.body[:] = _plain_numbers(block.body)
+        return True
+
+
+def _plain_numbers(lines: list[Any]) -> list[Any]:
+    enums: dict[str, int] = {}
+    body: list[Any] = []
+    for line in lines:
+        body.append(line)
+        value = getattr(line, "value", None) if isinstance(line, ir.Assign) else None
+        if isinstance(value, ir.Global | ir.FreeVar) and isinstance(value.value, EnumMeta):
+            enums[line.target.name] = len(body) - 1
+        elif isinstance(value, ir.Expr) and value.op == "getattr" and value.value.name in enums:
+            # What the name of the class was loaded for is this alone.
+            place = enums.pop(value.value.name)
+            members = body[place].value.value
+            body[place] = None
+            line.value = _number(members[value.attr], line.loc)
+        elif isinstance(value, ir.Global | ir.FreeVar | ir.Const) and type(value.value) is int:
+            line.value = _number(value.value, line.loc)
+    return [line for line in body if line is not None]
+
+
+def _number(value: int, loc: Any) -> Any:
+    return ir.Const(int(value), loc, use_literal_type=False)
+
+
+COMMON = (
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg),
+    *(operator.iadd, operator.isub, operator.imul, operator.ixor),
+    *(operator.lshift, operator.rshift, operator.and_, operator.or_, operator.xor),
+    *(operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne, operator.not_),
+    *(operator.getitem, operator.setitem, bool, len, range, min, max, int),
+)
+"""What most of the core is made of."""
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Find once what one of these makes of numbers and cells: numba asks some dozens of templates
+    each time."""
+    context: Any = cpu_target.typing_context
+    context.refresh()
+    functions = [context.resolve_value_type(one) for one in COMMON]
+    for function in functions:
+        function.get_call_type = _remembered(function.get_call_type)
+    try:
+        yield
+    finally:
+        for function in functions:
+            del function.get_call_type
+
+
+def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def get_call_type(context: Any, args: Any, kws: Any) -> Any:
+        if kws or not all(isinstance(kind, SIMPLE) for kind in args):
+            return find(context, args, kws)
+        if args not in known:
+            known[args] = find(context, args, kws)
+        return known[args]
+
+    return get_call_type
+
+
+SIMPLE = types.Integer, types.Boolean, types.UniTuple, Cells
 
 
 # ---- parts, and the whole ------------------------------------------------------------------------
@@ -198,6 +416,7 @@ class PartCompiler(CompilerBase):
             passes.add_pass(self.lowering if one is NativeLowering else one, what)
             if one is FixupArgs:
                 passes.add_pass(HoldTuples, "hold tuples")
+                passes.add_pass(PlainNumbers, "plain numbers")
         passes.finalize()
         return [passes]
 

@@ -28,6 +28,8 @@ class M(NamedTuple):
     """The machine: every array of a run. Each function takes it whole; the fewer arrays, the less
     there is to compile and to pass."""
 
+    INDICES_ARE_PLACES = True
+
     s: A
     """Scalars and options [S, O]."""
     state: A
