@@ -73,7 +73,7 @@ def entry(function: F, *, allocates: bool = False) -> F:
     if config.DISABLE_JIT:
         # Compiled integers wrap around in silence.
         return np.errstate(over="ignore")(function)
-    lean = {**_LEAN, "pipeline_class": WholeCompiler}
+    lean = {**_LEAN, "no_cfunc_wrapper": True, "pipeline_class": WholeCompiler}
     compiler: Any = numba.njit(**({} if allocates else lean))
     return cast(F, compiler(function))
 

@@ -320,35 +320,31 @@ def issue(m: M, key: int) -> int:
 
 
 @kernel
+def next_load(m: M) -> int:
+    """``Link._next``: the oldest demand, or the first prefetch that there is room for; -1 if there
+    is none."""
+    tried = 0
+    for i in range(0 if m.s[S.D_HEAD] == m.s[S.D_TAIL] else -1, m.s[S.P_COUNT]):
+        key = m.q[Q.DEMAND, m.s[S.D_HEAD] & m.s[O.RING]] if i < 0 else m.q[Q.PREFETCH, i]
+        if m.k[K.IS_ISSUED, key]:
+            return int(key)
+        seen = False
+        for j in range(tried):
+            seen = seen or m.q[Q.FULL, j] == m.k[K.PLACE, key]
+        if seen:
+            continue
+        if issue(m, key):
+            return int(key)
+        if i >= 0 and not m.s[O.BYPASS] and m.k[K.REPLACES, key] < 0:
+            m.q[Q.FULL, tried] = m.k[K.PLACE, key]
+            tried += 1
+    return -1
+
+
+@kernel
 def link_grant(m: M) -> None:
-    """``Link._next`` and the beginning of ``_send``."""
-    pick = -1
-    if m.s[S.D_HEAD] != m.s[S.D_TAIL]:
-        head = m.q[Q.DEMAND, m.s[S.D_HEAD] & m.s[O.RING]]
-        ok = 1
-        if not m.k[K.IS_ISSUED, head]:
-            ok = issue(m, head)
-        if ok == 1:
-            pick = head
-    if pick < 0:
-        tried = 0
-        for i in range(m.s[S.P_COUNT]):
-            key = m.q[Q.PREFETCH, i]
-            if m.k[K.IS_ISSUED, key]:
-                pick = key
-                break
-            place = m.k[K.PLACE, key]
-            seen = False
-            for j in range(tried):
-                seen = seen or m.q[Q.FULL, j] == place
-            if not seen:
-                ok = issue(m, key)
-                if ok == 1:
-                    pick = key
-                    break
-                if not m.s[O.BYPASS] and m.k[K.REPLACES, key] < 0:
-                    m.q[Q.FULL, tried] = place
-                    tried += 1
+    """The beginning of ``Link._send``."""
+    pick = next_load(m)
     if pick < 0:
         m.s[S.L_TIME] = FAR
         if m.s[S.D_HEAD] != m.s[S.D_TAIL] and m.s[O.BARRIER] and not m.s[S.BLOCKED]:

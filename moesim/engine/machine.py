@@ -111,6 +111,13 @@ def folded(value: int, place: int) -> A:
 
 
 @kernel
+def add(m: M, which: int, words: int, parts: A) -> None:
+    """So many words more in a log; its sum lies behind their number."""
+    m.s[which] += words
+    m.s[which + 1] = np.int64(np.uint64(m.s[which + 1]) + parts)
+
+
+@kernel
 def word(m: M, value: int) -> None:
     """``LogDigest.add`` of one word to the log."""
     if m.s[O.LOG]:
@@ -131,9 +138,10 @@ def choice(m: M, value: int) -> None:
 @kernel
 def record(m: M, kind: int, key: int) -> None:
     """A record of (kind, time, key)."""
-    word(m, kind)
-    word(m, m.s[S.NOW])
-    word(m, key)
+    if m.s[O.LOG]:
+        words = m.s[S.LOG_WORDS]
+        parts = folded(kind, words + 1) + folded(m.s[S.NOW], words + 2)
+        add(m, S.LOG_WORDS, 3, parts + folded(key, words + 3))
 
 
 @kernel

@@ -250,7 +250,9 @@ def next_in_list(m: M, cache: int, load: int, behind: int) -> A:
     """The first candidate."""
     head = m.s[O.KEYS] + cache
     key = m.k[K.AFTER, behind if behind >= 0 else head]
-    while key != head and not may_go(m, key, load):
+    while key != head:
+        if may_go(m, key, load):
+            break
         key = m.k[K.AFTER, key]
     if key == head:
         return -1

@@ -25,6 +25,7 @@ from moesim.engine.machine import (
     STEP_BEGIN,
     A,
     M,
+    add,
     folded,
     pending,
 )
@@ -56,7 +57,11 @@ def quick_steps(m: M) -> A:
     while whole and m.s[S.STEP] < len(m.st) and m.s[S.NOW] < LATEST:
         begin_step(m)
         row, last = m.s[S.ROW], m.st[m.s[S.STEP], T.LAST]
-        while row < last and (list_event(m, row) if listed else quick_event(m, row)):
+        # Not in the condition, which Python puts twice into its code.
+        while row < last:
+            served = list_event(m, row) if listed else quick_event(m, row)
+            if not served:
+                break
             row += 1
         m.s[S.ROW] = row
         whole = row == last
@@ -406,13 +411,6 @@ def give_up(m: M, cache: A, key: A) -> A:
 
 
 # ---- logs ----------------------------------------------------------------------------------------
-
-
-@kernel
-def add(m: M, which: int, words: int, parts: A) -> None:
-    """So many words more in a log; its sum lies behind their number."""
-    m.s[which] += words
-    m.s[which + 1] = np.int64(np.uint64(m.s[which + 1]) + parts)
 
 
 @kernel
