@@ -29,6 +29,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_name
 from numba.core.caching import NullCache
 
+from moesim import compiler
 from moesim.compiler import PartCompiler, WholeCompiler, remembering
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,8 +75,49 @@ def entry(function: F, *, allocates: bool = False) -> F:
         # Compiled integers wrap around in silence.
         return np.errstate(over="ignore")(function)
     lean = {**_LEAN, "no_cfunc_wrapper": True, "pipeline_class": WholeCompiler}
-    compiler: Any = numba.njit(**({} if allocates else lean))
-    return cast(F, compiler(function))
+    decorate: Any = numba.njit(**({} if allocates else lean))
+    return cast(F, decorate(function))
+
+
+def outside(function: F) -> F:
+    """Compile a function that compiled code calls by its ``address``: what few runs need is not
+    compiled for the others. It gets a tuple's address, for ``held_at``, and two numbers.
+
+    Without numba's compiler, it gets the tuple itself.
+    """
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        return np.errstate(over="ignore")(function)
+    by_address = {**_LEAN, "no_cfunc_wrapper": False, "pipeline_class": WholeCompiler}
+    decorate: Any = numba.njit(**by_address)
+    return cast(F, decorate(function))
+
+
+def address(function: Any) -> int:
+    """Where an ``outside`` function lies; it is loaded."""
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        _plain[id(function)] = function
+        return id(function)
+    load((function, (numba.int64,) * 3))
+    (compiled,) = function.overloads.values()
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))
+
+
+_plain: dict[int, Any] = {}
+
+
+def _call_plain(function: int, held: Any, what: int, about: int) -> int:
+    return int(_plain[int(function)](held, what, about))
+
+
+def _held_plain(address: Any, whole: Any) -> Any:
+    return address
+
+
+_config: Any = numba.config
+held_at: Any = _held_plain if _config.DISABLE_JIT else compiler.held_at
+call_with: Any = _call_plain if _config.DISABLE_JIT else compiler.call_with
 
 
 def kernel(function: F) -> F:
@@ -84,8 +126,8 @@ def kernel(function: F) -> F:
     numba would compile it again for every constant that it is called with, and optimise it again
     in each of its callers; so constants count as numbers, and only an ``entry`` is optimised.
     """
-    compiler: Any = numba.njit(**_INNER)
-    compiled = compiler(function)
+    decorate: Any = numba.njit(**_INNER)
+    compiled = decorate(function)
     if compiled is not function:
         compiled.compile = _plainly(compiled.compile)
     return cast(F, compiled)

@@ -15,9 +15,10 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import EnumMeta
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
+from llvmlite import ir as llvm
 from numba import _dynfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils, ir
 from numba.core.codegen import JITCodeLibrary
@@ -41,7 +42,26 @@ from numba.extending import (
     register_model,
 )
 
+C = TypeVar("C")
+
 # ---- a tuple by its address ----------------------------------------------------------------------
+
+
+class Place(types.Type):
+    """Where a named tuple lies."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__(f"Place({whole})")
+        self.whole = whole
+
+
+@register_model(Place)
+class PlaceModel(models.PrimitiveModel):
+    """A pointer to the tuple's value."""
+
+    def __init__(self, manager: Any, place: Place) -> None:
+        value = manager.lookup(place.whole).get_value_type()
+        super().__init__(manager, place, value.as_pointer())
 
 
 class Held(types.Type):
@@ -53,12 +73,13 @@ class Held(types.Type):
 
 
 @register_model(Held)
-class HeldModel(models.PrimitiveModel):
-    """A pointer to the tuple's value."""
+class HeldModel(models.StructModel):
+    """Two copies: one for what is inlined, which becomes mere registers, and one whose address may
+    be given away."""
 
     def __init__(self, manager: Any, held: Held) -> None:
-        value = manager.lookup(held.whole).get_value_type()
-        super().__init__(manager, held, value.as_pointer())
+        place = Place(held.whole)
+        super().__init__(manager, held, [("near", place), ("far", place)])
 
 
 @infer_getattr
@@ -77,20 +98,56 @@ class HeldFields(AttributeTemplate):
 
 
 @lower_getattr_generic(Held)
-def _field(context: Any, builder: Any, held: Held, address: Any, name: str) -> Any:
+def _field(context: Any, builder: Any, held: Held, value: Any, name: str) -> Any:
     field = held.whole.fields.index(name)
-    place = cgutils.gep_inbounds(builder, address, 0, field)
+    near = context.make_helper(builder, held, value).near
+    place = cgutils.gep_inbounds(builder, near, 0, field)
     return place if _is_cells(held.whole, held.whole.types[field]) else builder.load(place)
 
 
 @intrinsic
 def hold(typing_context: Any, whole: Any) -> Any:
-    """Put a tuple in the caller's frame; its address."""
+    """Put a tuple in the caller's frame."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return cgutils.alloca_once_value(builder, values[0])
+        far = cgutils.alloca_once_value(builder, values[0])
+        return _holding(context, builder, signature.return_type, values[0], far)
 
     return Held(whole)(whole), generate
+
+
+@intrinsic
+def held_at(typing_context: Any, address: Any, whole: Any) -> Any:
+    """A tuple that a caller holds, by the address that ``call_with`` passed."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        held = signature.return_type
+        place = context.get_value_type(Place(held.whole))
+        far = builder.inttoptr(values[0], place)
+        return _holding(context, builder, held, builder.load(far), far)
+
+    return Held(whole.instance_type)(address, whole), generate
+
+
+def _holding(context: Any, builder: Any, held: Any, value: Any, far: Any) -> Any:
+    both = context.make_helper(builder, held)
+    both.near, both.far = cgutils.alloca_once_value(builder, value), far
+    return both._getvalue()
+
+
+@intrinsic
+def call_with(typing_context: Any, function: Any, held: Any, what: Any, about: Any) -> Any:
+    """Call an ``outside`` function by its address."""
+    number = types.int64
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        i64 = context.get_value_type(number)
+        kind = llvm.FunctionType(i64, [i64] * 3).as_pointer()
+        far = context.make_helper(builder, held, values[1]).far
+        called = builder.inttoptr(values[0], kind)
+        return builder.call(called, [builder.ptrtoint(far, i64), *values[2:]])
+
+    return number(number, held, number, number), generate
 
 
 @register_pass(mutates_CFG=False, analysis_only=False)
@@ -126,7 +183,7 @@ def _held(line: Any, scope: Any) -> list[Any]:
     ]
 
 
-# ---- an array whose indices are at least 0 --------------------------------------------------------
+# ---- an array whose indices are at least 0 -------------------------------------------------------
 
 
 class Cells(types.Type):
@@ -139,15 +196,25 @@ class Cells(types.Type):
 
     def is_place(self, index: Any) -> bool:
         """Whether an index names one element."""
-        kinds = tuple(index.types) if isinstance(index, types.BaseTuple) else (index,)
+        several: Any = index if isinstance(index, types.BaseTuple) else (index,)
+        kinds = tuple(several)
         return len(kinds) == self.array.ndim and all(isinstance(k, types.Integer) for k in kinds)
 
 
+_from_zero: set[type] = set()
+
+
+def from_zero(tuples: type[C]) -> type[C]:
+    """Promise that no index into the arrays of a named tuple is below 0."""
+    _from_zero.add(tuples)
+    return tuples
+
+
 def _is_cells(whole: Any, kind: Any) -> bool:
-    """Whether a tuple's class says so; what is to be checked stays an array."""
+    """Whether that is promised; what is to be checked stays an array."""
     config: Any = numba.config
-    says = getattr(whole.instance_class, "INDICES_ARE_PLACES", False)
-    return says and kind.ndim <= 2 and kind.layout == "C" and not config.BOUNDSCHECK
+    promised = whole.instance_class in _from_zero and not config.BOUNDSCHECK
+    return promised and kind.ndim <= 2 and kind.layout == "C"
 
 
 @register_model(Cells)
@@ -221,11 +288,10 @@ def _length(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _place(context: Any, builder: Any, kinds: Any, values: Any) -> Any:
     """The address of an element."""
     cells, index = kinds[:2]
-    if isinstance(index, types.BaseTuple):
-        indices = cgutils.unpack_tuple(builder, values[1], len(index))
-        of = [context.cast(builder, v, k, types.int64) for v, k in zip(indices, index, strict=True)]
-    else:
-        of = [context.cast(builder, values[1], index, types.int64)]
+    several = isinstance(index, types.BaseTuple)
+    each: Any = index.types if several else (index,)
+    given: Any = cgutils.unpack_tuple(builder, values[1]) if several else (values[1],)
+    of = [context.cast(builder, v, k, types.int64) for v, k in zip(given, each, strict=True)]
     at = of[0]
     for axis in range(1, len(of)):
         extent = _extent(context, builder, cells, values[0], axis)

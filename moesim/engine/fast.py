@@ -16,7 +16,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from moesim.compiled import load
+from moesim.compiled import address, load
 from moesim.engine import kernel
 from moesim.engine.asked import Asked
 from moesim.engine.block import Block, BlockMaker, load_block_functions
@@ -27,6 +27,7 @@ from moesim.engine.foresight import Foreseer
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.quick import quick_steps
 from moesim.engine.setup import Setup
+from moesim.engine.sights import sights
 from moesim.engine.steps import make_room
 from moesim.errors import UsageError
 from moesim.ledger import Ledger
@@ -173,6 +174,8 @@ class FastEngine:
         self._price = HostFunction(setup.costs.job_ns)
         self._machine.s[O.PRICE] = int(ctypes.cast(self._price, ctypes.c_void_p).value or 0)
         load(*kernel.calls(self._machine), *load_block_functions())
+        if self._machine.s[O.PREFETCH] == Wish.FORECAST:
+            self._machine.s[O.SIGHTS] = address(sights)
         self._times: dict[int, RequestTimes] = {}
         self._fill()
         self._feed: Feed | None = None

@@ -205,6 +205,8 @@ class O(IntEnum):  # noqa: E742
     """A load evicts one copy at most."""
     PRICE = auto()
     """Address of the function that tells what a job takes."""
+    SIGHTS = auto()
+    """Address of the function that carries out forecasts."""
     QUEUE = auto()
     """Jobs of forecasts that may wait."""
     BACKGROUND = auto()
@@ -459,6 +461,18 @@ class Wish(IntEnum):
     FUTURE = 4
     WHOLE = 5
     FORECAST = 6
+
+
+class See(IntEnum):
+    """What the core comes to of forecasts."""
+
+    GATE = 0
+    PLANNED = 1
+    """The gate's plan takes effect."""
+    FACT = 2
+    """Between layer events; where its record begins."""
+    JOB = 3
+    """Which host worker has done one."""
 
 
 class G(_Rows):

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 
 from moesim import log
-from moesim.compiled import entry, kernel
+from moesim.compiled import call_with, entry, kernel
 from moesim.engine.channel import (
     expire,
     link_done,
@@ -25,7 +26,7 @@ from moesim.engine.channel import (
     wake_link,
     was_used,
 )
-from moesim.engine.fields import Ask, C, D, Does, E, K, N, O, Q, S, T, W, Wish
+from moesim.engine.fields import Ask, C, D, Does, E, G, K, N, O, Q, S, See, T, W, Wish
 from moesim.engine.keep import keep_begins, keep_gate, keep_landed
 from moesim.engine.machine import (
     ABSENT,
@@ -48,6 +49,7 @@ from moesim.engine.machine import (
     STALL,
     STEP_BEGIN,
     WORKER_DONE,
+    A,
     M,
     ask,
     book,
@@ -61,7 +63,6 @@ from moesim.engine.machine import (
 )
 from moesim.engine.order import enter, reorder
 from moesim.engine.quick import quick_steps
-from moesim.engine.sights import answer, foresee, job_begins, job_done, tell
 from moesim.engine.steps import begin_event, begin_step, end_step, make_room
 from moesim.engine.wishes import apply, make_plan, obey, wake_worker
 from moesim.types import Serve
@@ -271,8 +272,9 @@ def run(m: M) -> int:
             if not m.s[S.VISITED]:
                 if m.st[m.s[S.STEP], T.BEGINS]:
                     keep_begins(m)
-                tell(m, m.st[m.s[S.STEP], T.SIGHT], m.st[m.s[S.STEP], T.SIGHTS])
-                if m.st[m.s[S.STEP], T.VISIT]:
+                row = m.s[S.STEP]
+                tell(m, m.st[row, T.SIGHT], m.st[row, T.SIGHTS])
+                if m.st[row, T.VISIT]:
                     return visit(m, STEP_BEGINS)
             m.s[S.VISITED] = 0
             begin_step(m)
@@ -405,7 +407,7 @@ def gate(m: M) -> None:
     keep_gate(m)
     reorder(m)
     if m.s[O.PREFETCH] == Wish.FORECAST:
-        foresee(m)
+        see(m, See.GATE, 0)
     else:
         make_plan(m)
     serve(m)
@@ -419,7 +421,7 @@ def planned(m: M) -> None:
     for _ in range(m.s[S.H_TAIL] - before_cpu):
         wake_worker(m)
     if m.s[O.PREFETCH] == Wish.FORECAST:
-        answer(m)
+        see(m, See.PLANNED, 0)
     elif not m.s[O.HOST]:
         apply(m)
     elif m.s[S.N_PLAN] > 0:
@@ -428,6 +430,19 @@ def planned(m: M) -> None:
     m.s[S.NEXT_HIT] = 0
     m.s[S.COMPUTED] = 0
     m.s[S.BLOCKED] = 0
+
+
+@kernel
+def see(m: M, what: int, about: int) -> A:
+    """What concerns forecasts (``moesim.engine.sights``)."""
+    return call_with(m.s[O.SIGHTS], m, np.int64(what), np.int64(about))
+
+
+@kernel
+def tell(m: M, at: A, count: int) -> None:
+    """Facts between layer events: so many records of what they foresee."""
+    for _ in range(count):
+        at = see(m, See.FACT, at)
 
 
 @kernel
@@ -525,6 +540,15 @@ def finish(m: M) -> None:
 
 
 @kernel
+def job_begins(m: M, worker: int) -> A:
+    """A worker takes the oldest job of a forecast; what it takes."""
+    row = m.q[Q.JOBS, m.s[S.W_HEAD] & m.s[O.RING]]
+    m.s[S.W_HEAD] += 1
+    m.w[W.JOB, worker] = row
+    return m.jobs[row, G.NS]
+
+
+@kernel
 def worker(m: M, i: int) -> None:
     """``Host._work``: something is done, or the worker wakes; then the next expert, or the next
     job, or sleep."""
@@ -541,7 +565,7 @@ def worker(m: M, i: int) -> None:
         if m.s[O.HOST]:
             ask(m, JOB_DONE, i)
         else:
-            job_done(m, i)
+            see(m, See.JOB, i)
     if m.s[S.H_HEAD] != m.s[S.H_TAIL]:
         key = m.q[Q.HOST, m.s[S.H_HEAD] & m.s[O.RING]]
         m.s[S.H_HEAD] += 1

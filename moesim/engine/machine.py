@@ -16,6 +16,7 @@ from llvmlite import ir
 
 from moesim import hashing
 from moesim.compiled import kernel
+from moesim.compiler import from_zero
 from moesim.engine import clock
 from moesim.engine.fields import Ask, C, Heard, K, O, R, S, W
 from moesim.types import NEVER, State, Status
@@ -24,11 +25,10 @@ A = Any
 """An int64 array; numba infers the rest."""
 
 
+@from_zero
 class M(NamedTuple):
     """The machine: every array of a run. Each function takes it whole; the fewer arrays, the less
     there is to compile and to pass."""
-
-    INDICES_ARE_PLACES = True
 
     s: A
     """Scalars and options [S, O]."""
@@ -80,6 +80,19 @@ class M(NamedTuple):
     jobs: A
     """Jobs under way, a record each [queue + 1, width]; the last row is for what is not a job."""
 
+
+_NUMBERS = {"state": numba.types.uint8, "future": numba.types.int32, "ids": numba.types.uint32}
+_FLAT = ("s", "state", "starts", "future", "ids", "said", "fore")
+
+
+def _kind(field: str) -> Any:
+    number: Any = _NUMBERS.get(field, numba.types.int64)
+    return number[::1] if field in _FLAT else number[:, ::1]
+
+
+_tuple: Any = numba.types.NamedTuple
+KIND = _tuple([_kind(field) for field in M._fields], M)
+"""The machine's type, for numba."""
 
 FAR = NEVER
 ABSENT, QUEUED, IN_FLIGHT, RESIDENT = (int(s) for s in State)

@@ -3,15 +3,19 @@
 What a fact foresees depends on the workload alone, so it comes with the block (``foresight.py``)
 and serves every configuration; when it is delivered depends on the clock, and that is done here.
 A record of it is copied out of the block, which may be over before the job is done.
+
+The core comes here by an address: most runs forecast nothing, and need not compile this.
 """
 
 from __future__ import annotations
 
-from moesim.compiled import kernel
+import numpy as np
+
+from moesim.compiled import held_at, kernel, outside
 from moesim.engine.channel import cancel, p_move, wake_link
-from moesim.engine.fields import E, G, H, K, O, Q, S, W
+from moesim.engine.fields import E, G, H, K, O, Q, S, See, W
 from moesim.engine.keep import keep_expected, keep_planned
-from moesim.engine.machine import ABSENT, A, M, call
+from moesim.engine.machine import ABSENT, KIND, A, M, call
 from moesim.engine.wishes import name, wake_worker, wish
 from moesim.policies import forecast
 
@@ -21,68 +25,102 @@ RECORD, TITLE = len(G), len(H)
 _priority = kernel(forecast.priority)
 
 
+@outside
+def sights(where: int, what: int, about: int) -> int:
+    """All that the core does about forecasts. After a fact between layer events, where the record
+    of the next one begins."""
+    m = held_at(where, KIND)
+    row = -1
+    phase = DECODE
+    after = 0
+    if what == See.GATE:
+        row = foresee(m)
+    elif what == See.PLANNED:
+        row = foreground(m)
+        phase = m.s[S.PHASE]
+    elif what == See.FACT:
+        row = hear(m, about)
+        phase = m.fore[about + G.PHASE]
+        after = about + m.fore[about + G.LENGTH]
+    else:
+        row = m.w[W.JOB, about]
+    # ``ForecastSeat._deliver``, and its plan carried out; at a gate, between the two, demand is.
+    if row >= 0 and what != See.PLANNED:
+        expect(m, row, what == See.GATE)
+    if row >= 0 and what != See.GATE:
+        renew(m, row)
+    if what == See.PLANNED:
+        answer(m)
+    if row >= 0 and what != See.GATE:
+        wish_for(m, row, phase)
+    if what == See.JOB:
+        m.jobs[row, G.IS_TAKEN] = 0
+    if what == See.JOB or what == See.FACT:
+        wake_link(m)
+    return int(after)
+
+
 # ---- facts ---------------------------------------------------------------------------------------
 
 
 @kernel
-def foresee(m: M) -> None:
+def foresee(m: M) -> A:
     """``ForecastSeat.plan`` of a gate: what is past is forgotten, the rest has nearer priorities;
-    what is new is commissioned, or expected at once."""
+    what is new is commissioned, or to be expected at once: its row."""
     forget(m)
     refresh(m)
     at = m.ev[m.s[S.ROW], E.SIGHT]
     m.s[S.FOREGROUND] = m.ev[m.s[S.ROW], E.OWED_NS]
     m.s[S.COMMISSION] = -1
     if at >= 0 and not m.s[O.BACKGROUND]:
-        take(m, at, m.s[O.QUEUE])
-        expect(m, m.s[O.QUEUE], 1)
         m.s[S.COMMISSION] = at
-    elif at >= 0 and has_room(m, at):
+        return take(m, at, m.s[O.QUEUE])
+    if at >= 0 and has_room(m, at):
         m.s[S.COMMISSION] = at
+    return np.int64(-1)
+
+
+@kernel
+def foreground(m: M) -> A:
+    """The row of what was expected at once; -1 if there is none."""
+    return m.s[O.QUEUE] if m.s[S.COMMISSION] >= 0 and not m.s[O.BACKGROUND] else np.int64(-1)
 
 
 @kernel
 def answer(m: M) -> None:
-    """What ``foresee`` has planned takes effect."""
-    foreground = m.s[S.COMMISSION] >= 0 and not m.s[O.BACKGROUND]
-    if foreground:
-        renew(m, m.s[O.QUEUE])
+    """What else ``foresee`` has planned takes effect."""
     for i in range(m.s[S.N_FRESH]):
         key = m.q[Q.FRESH, i]
         if m.k[K.PENDING, key]:
             p_move(m, key, m.q[Q.FRESHER, i])
         elif m.k[K.HELD, key]:
             m.k[K.HOLD_PRIORITY, key] = m.q[Q.FRESHER, i]
-    if foreground:
-        wish_for(m, m.s[O.QUEUE], m.s[S.PHASE])
-    elif m.s[S.COMMISSION] >= 0:
+    if m.s[S.COMMISSION] >= 0 and m.s[O.BACKGROUND]:
         submit(m, m.s[S.COMMISSION])
 
 
 @kernel
-def tell(m: M, at: int, count: int) -> None:
-    """Facts between layer events: so many records from a place on."""
-    for _ in range(count):
-        if not m.s[O.BACKGROUND]:
-            take(m, at, m.s[O.QUEUE])
-            deliver(m, m.s[O.QUEUE], m.fore[at + G.PHASE])
-        elif has_room(m, at):
-            submit(m, at)
-        wake_link(m)
-        at += m.fore[at + G.LENGTH]
+def hear(m: M, at: int) -> A:
+    """A fact between layer events, with its record: the row of what is to be delivered at once."""
+    if not m.s[O.BACKGROUND]:
+        return take(m, at, m.s[O.QUEUE])
+    if has_room(m, at):
+        submit(m, at)
+    return np.int64(-1)
 
 
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
 @kernel
-def take(m: M, at: int, row: int) -> None:
-    """Copy a record out of the block."""
+def take(m: M, at: int, row: A) -> A:
+    """Copy a record out of the block, to a row; which."""
     length = m.fore[at + G.LENGTH]
     for i in range(length):
         m.jobs[row, i] = m.fore[at + i]
     m.jobs[row, G.IS_TAKEN] = 1
     m.jobs[row, G.BASE] = m.s[S.EVENT]
+    return row
 
 
 @kernel
@@ -98,7 +136,7 @@ def has_room(m: M, at: int) -> bool:
 @kernel
 def submit(m: M, at: int) -> None:
     """``Host.submit``."""
-    row = 0
+    row = np.int64(0)
     while m.jobs[row, G.IS_TAKEN]:
         row += 1
     take(m, at, row)
@@ -122,37 +160,11 @@ def takes_ns(m: M, at: int) -> A:
     return call(m.s[O.PRICE], ops, nbytes)
 
 
-@kernel
-def job_begins(m: M, worker: int) -> A:
-    """A worker takes the oldest job; what it takes."""
-    row = m.q[Q.JOBS, m.s[S.W_HEAD] & m.s[O.RING]]
-    m.s[S.W_HEAD] += 1
-    m.w[W.JOB, worker] = row
-    return m.jobs[row, G.NS]
-
-
-@kernel
-def job_done(m: M, worker: int) -> None:
-    """``ForecastSeat.plan`` of a job's result."""
-    row = m.w[W.JOB, worker]
-    deliver(m, row, DECODE)
-    m.jobs[row, G.IS_TAKEN] = 0
-    wake_link(m)
-
-
 # ---- delivery ------------------------------------------------------------------------------------
 
 
 @kernel
-def deliver(m: M, row: int, phase: int) -> None:
-    """``ForecastSeat._deliver``, and its plan carried out."""
-    expect(m, row, 0)
-    renew(m, row)
-    wish_for(m, row, phase)
-
-
-@kernel
-def expect(m: M, row: int, at_gate: int) -> None:
+def expect(m: M, row: A, at_gate: bool) -> None:
     """The seats hear of the forecasts in a row of ``M.jobs``: what is wished for, what was absent
     of it, what is expected of each layer."""
     base = m.jobs[row, G.BASE]
@@ -193,7 +205,7 @@ def wished(m: M, key: int, share: int, due: int) -> None:
 
 
 @kernel
-def touch(m: M, key: int, at_gate: int) -> None:
+def touch(m: M, key: int, at_gate: bool) -> None:
     """``SeatPolicy.on``: an absent expert was planned."""
     if m.state[key] == ABSENT and not (at_gate and m.k[K.MEMBER, key] == m.s[S.EVENT]):
         m.q[Q.ONE, 0] = key
@@ -201,7 +213,7 @@ def touch(m: M, key: int, at_gate: int) -> None:
 
 
 @kernel
-def renew(m: M, row: int) -> None:
+def renew(m: M, row: A) -> None:
     """``ForecastSeat._outdated``: take back what older forecasts of these layers wish for."""
     if not m.s[O.RENEW]:
         return
@@ -228,7 +240,7 @@ def renew(m: M, row: int) -> None:
 
 
 @kernel
-def wish_for(m: M, row: int, phase: int) -> None:
+def wish_for(m: M, row: A, phase: int) -> None:
     """The wishes of the forecasts in a row of ``M.jobs``."""
     at = RECORD
     ordinal = 0
