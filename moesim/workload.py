@@ -65,8 +65,8 @@ class Work:
     """A request prepared for service: rows cut into (iteration, layer) blocks, inputs quantised.
 
     index : place of the request in the trace, from 0.
-    blocks : row where each block begins, then the number of rows.
-    block_layers : layer of each block.
+    blocks : row where each block begins, then the number of rows; ``bounds``: as int64.
+    block_layers : layer of each block; ``layers``: as int64.
     passes : first block of each iteration, then the number of blocks.
     pass_tokens : most tokens that a layer of each iteration sees.
     """
@@ -78,6 +78,8 @@ class Work:
     block_layers: list[int]
     passes: list[int]
     pass_tokens: list[int]
+    bounds: IntArray
+    layers: IntArray
     weights: AnyArray | None = None
     gate: AnyArray | None = None
     ahead: Mapping[int, AnyArray] = field(default_factory=dict)
@@ -125,14 +127,18 @@ def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> W
     starts = np.concatenate(([0], np.flatnonzero(changed) + 1))
     passes = np.searchsorted(starts, rows.starts)
     tokens = np.maximum.reduceat(np.diff(starts, append=rows.rows), passes[:-1])
+    bounds = np.append(starts, rows.rows)
+    layers = rows.layer[starts].astype(np.int64)
     work = Work(
         index=index,
         rows=rows,
         arrival_ns=rows.facts.arrival_ns,
-        blocks=[*starts.tolist(), rows.rows],
-        block_layers=rows.layer[starts].tolist(),
+        blocks=bounds.tolist(),
+        block_layers=layers.tolist(),
         passes=passes.tolist(),
         pass_tokens=tokens.tolist(),
+        bounds=bounds,
+        layers=layers,
     )
     _add_inputs(work, meta, inputs)
     return work

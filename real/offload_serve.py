@@ -63,6 +63,8 @@ class LiveRequest(Work):
             block_layers=[],
             passes=[0],
             pass_tokens=[],
+            bounds=np.zeros(1, np.int64),
+            layers=np.zeros(0, np.int64),
         )
         self.ended = False
         self.embeddings: dict[int, AnyArray] = {}

@@ -244,13 +244,13 @@ class _Rows:
         """Forward passes of one request: already in event order."""
         work = passes.work
         bounds = np.array(work.passes[passes.first : passes.last + 1])
-        blocks = np.array(work.blocks[bounds[0] : bounds[-1] + 1], np.int64)
+        blocks = work.bounds[bounds[0] : bounds[-1] + 1]
         counts = np.diff(bounds)
         numbers = np.arange(passes.number, passes.number + passes.steps)
         self._events.append(
             (
                 blocks[:-1] - blocks[0] + self._length,
-                np.array(work.block_layers[bounds[0] : bounds[-1]], np.int64),
+                work.layers[bounds[0] : bounds[-1]],
                 np.diff(blocks) + passes.padding,
                 work.rows.position[blocks[1:] - 1].astype(np.int64) + 1,
                 np.repeat(numbers, counts),

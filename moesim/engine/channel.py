@@ -437,10 +437,17 @@ def release(m: M, key: int) -> None:
     """``Link.release``."""
     if m.k[K.IS_STAGED, key] and m.state[key] == IN_FLIGHT:
         unstage(m, key)
+        wake_link(m)
     else:
-        m.k[K.PINNED, key] = 0
-        m.q[Q.RELEASED, m.s[S.R_COUNT]] = key
-        m.s[S.R_COUNT] += 1
+        unpin(m, key)
+
+
+@kernel
+def unpin(m: M, key: int) -> None:
+    """A copy that stays may go from now on."""
+    m.k[K.PINNED, key] = 0
+    m.q[Q.RELEASED, m.s[S.R_COUNT]] = key
+    m.s[S.R_COUNT] += 1
     wake_link(m)
 
 

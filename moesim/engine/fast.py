@@ -442,7 +442,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     wishes = experts * (distance + 1 if looks_ahead else 2)
     workers = setup.costs.hardware.host.workers
     longest = max(keys, 2 * experts + 2, workers + 1, _queue(seats) + 1)
-    width = 1 << (longest - 1).bit_length()
+    width = _power(longest)
     starts, wanted = _future(future if looks_ahead else None)
     machine = M(
         s=_scalars(setup, seats),
@@ -455,7 +455,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         cur=np.zeros((len(D), experts), np.int64),
         ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
         # A forecast may be about any later layer of this pass or of the next.
-        named=np.full((max(distance, 2 * world.layers) + 2, experts + 2), -1, np.int64),
+        named=np.full((_power(max(distance, 2 * world.layers) + 2), experts + 2), -1, np.int64),
         plan=np.zeros((wishes + experts, 3), np.int64),
         told=np.zeros((COMMANDS, len(P)), np.int64),
         heard=np.zeros((NOTES, len(R)), np.int64),
@@ -479,6 +479,11 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
     return machine
+
+
+def _power(least: int) -> int:
+    """The first power of two that is not less."""
+    return 1 << (least - 1).bit_length()
 
 
 def _queue(seats: SeatPolicy | None) -> int:

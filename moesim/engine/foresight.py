@@ -150,8 +150,7 @@ class Foreseer:
         assert self._walk is not None
         work = passes.work
         assert work.gate is not None
-        blocks = np.array(work.blocks, np.int64)
-        layers = np.array(work.block_layers, np.int64)
+        blocks, layers = work.bounds, work.layers
         for i in range(passes.steps):
             step = passes.step(i)
             self._begin(step, sights)

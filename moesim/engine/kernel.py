@@ -23,6 +23,7 @@ from moesim.engine.channel import (
     new_transfer,
     p_remove,
     release,
+    unpin,
     wake_link,
     was_used,
 )
@@ -120,7 +121,7 @@ def judge(m: M) -> None:
 @kernel
 def count_predicted(m: M) -> None:
     """``ReferenceEngine._count_predicted``; ``named`` is a ring of (event, count, keys...)."""
-    row = m.s[S.EVENT] % len(m.named)
+    row = m.s[S.EVENT] & (len(m.named) - 1)
     if m.named[row, 0] != m.s[S.EVENT]:
         return
     n = m.named[row, 1]
@@ -253,13 +254,22 @@ def run(m: M) -> int:
             worker(m, who - 2)
             continue
         if who == 1:
-            if rank == LINK_GRANT:
-                link_grant(m)
-            else:
+            if rank != LINK_GRANT:
                 link_done(m)
+                # Its next grant comes last of what happens now.
+                if m.s[S.C_TIME] <= when or m.s[S.AWAKE] or m.s[S.FAILED]:
+                    continue
+            link_grant(m)
             continue
         # The compute lane: what it waited for has happened; what does it do next?
         does = m.s[S.C_DOES]
+        if does == Does.DENSE:
+            dense_done(m)
+            m.s[S.T_SYNC] += m.s[O.SYNC]
+            pending(m, m.s[O.SYNC], GATE, Does.GATE)
+            if not is_next(m):
+                continue
+            does = m.s[S.C_DOES]
         if does == Does.HIT or does == Does.ARRIVAL:
             expert_done(m)
         elif does == Does.STALLED or does == Does.BARRIER:
@@ -279,11 +289,6 @@ def run(m: M) -> int:
             m.s[S.VISITED] = 0
             begin_step(m)
             begin_event(m)
-            continue
-        elif does == Does.DENSE:
-            dense_done(m)
-            m.s[S.T_SYNC] += m.s[O.SYNC]
-            pending(m, m.s[O.SYNC], GATE, Does.GATE)
             continue
         elif does == Does.GATE or does == Does.PLANNED:
             if does == Does.GATE:
@@ -323,6 +328,16 @@ def run(m: M) -> int:
             m.s[S.ROW] += 1
             begin_event(m)
     return PAUSED
+
+
+@kernel
+def is_next(m: M) -> bool:
+    """Whether what the compute lane has just begun ends before anything else happens; if so, it is
+    that time. Nobody watches."""
+    if m.s[S.C_TIME] >= m.s[S.L_TIME] or m.s[S.AWAKE] or m.s[O.SPANS]:
+        return False
+    m.s[S.NOW] = m.s[S.C_TIME]
+    return True
 
 
 @kernel
@@ -461,9 +476,14 @@ def next_expert(m: M) -> bool:
         i = m.s[S.NEXT_HIT]
         m.s[S.NEXT_HIT] += 1
         if m.cur[D.STATUS, i] == HIT:
-            m.s[S.C_KEY] = m.cur[D.EXPERT, i]
+            key = m.cur[D.EXPERT, i]
+            m.s[S.C_KEY] = key
             pending(m, m.cur[D.NS, i], COMPUTE_DONE, Does.HIT)
-            return True
+            if not is_next(m):
+                return True
+            # ``expert_done`` of a copy that is not staged.
+            m.s[S.T_EXPERTS] += m.cur[D.NS, i]
+            unpin(m, key)
     if m.s[S.COMPUTED] < m.s[S.WAITING]:
         if m.s[S.A_HEAD] == m.s[S.A_TAIL]:
             wait(m, Does.STALLED)

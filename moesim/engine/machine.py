@@ -48,7 +48,8 @@ class M(NamedTuple):
     ends: A
     """By kind of copy: how many chunks, then the end of each [kinds, 1 + chunks]."""
     named: A
-    """Ring by layer event: (event, count, keys that plans named for it)."""
+    """Ring by layer event: (event, count, keys that plans named for it); as long as a power of
+    two."""
     plan: A
     """Cancelled keys, then wishes: (key, expiry, priority)."""
     told: A

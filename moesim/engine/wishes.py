@@ -131,7 +131,7 @@ def name(m: M, key: int, expires: int) -> None:
     """Remember that a plan named a key for a layer event, once."""
     if expires >= FAR:
         return
-    row = expires % len(m.named)
+    row = expires & (len(m.named) - 1)
     if m.named[row, 0] != expires:
         m.named[row, 0] = expires
         m.named[row, 1] = 0
@@ -211,7 +211,7 @@ def put(m: M, n: int, key: int) -> int:
 def refuted(m: M) -> int:
     """``NextGate._refuted``: what was named for this gate and is not demanded, into the plan."""
     n = 0
-    row = m.s[S.EVENT] % len(m.named)
+    row = m.s[S.EVENT] & (len(m.named) - 1)
     if m.s[O.CANCEL] and m.named[row, 0] == m.s[S.EVENT]:
         for i in range(m.named[row, 1]):
             key = m.named[row, 2 + i]
