@@ -23,6 +23,7 @@ from numba import _dynfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils, ir
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
 from numba.core.datamodel import models
 from numba.core.registry import cpu_target
@@ -362,15 +363,16 @@ def remembering() -> Iterator[None]:
     """Find once what one of these makes of numbers and cells: numba asks some dozens of templates
     each time."""
     context: Any = cpu_target.typing_context
-    context.refresh()
-    functions = [context.resolve_value_type(one) for one in COMMON]
-    for function in functions:
-        function.get_call_type = _remembered(function.get_call_type)
-    try:
-        yield
-    finally:
+    with global_compiler_lock:
+        context.refresh()
+        functions = [context.resolve_value_type(one) for one in COMMON]
         for function in functions:
-            del function.get_call_type
+            function.get_call_type = _remembered(function.get_call_type)
+        try:
+            yield
+        finally:
+            for function in functions:
+                del function.get_call_type
 
 
 def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
