@@ -39,7 +39,10 @@ _ROWS = ((SIMULATED, "compute"), (SIMULATED, "link"), (MEASURED, "compute"), (ME
 
 
 def scatter(report: Report, folder: Path) -> None:
-    """``scatter.*``: simulated against measured, of each configuration; bars span the repeats."""
+    """``scatter.*``: simulated against measured, of each configuration; bars span the repeats.
+
+    Those of mean TTFT are the means of each request's own least and most.
+    """
     table = scatter_data(report)
     table.to_csv(folder / "scatter.csv", index=False, lineterminator="\n")
     metrics = [m for m in (MEAN_TPOT, "mean TTFT") if (table["metric"] == m).any()]

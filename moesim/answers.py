@@ -115,7 +115,7 @@ class Answers:
                 executed = self.executed(fact, plan)
                 _count(self.quality, fact, executed)
                 if fact.precisions is not None:
-                    self.quality.mass_low += _low(fact, executed, self._experts)
+                    self.quality.mass_low += _low(fact, plan, executed, self._experts)
         return plan
 
     def executed(self, gate: Gate, plan: Plan) -> AnyArray:
@@ -241,21 +241,24 @@ class Answers:
         self, candidates: list[int], lacking: int, why_not: Callable[[int], str]
     ) -> list[int]:
         """Victims that the policy names itself."""
-        with self._view.offering([k % self._size for k in candidates]):
+        # Of two copies of an expert the lower precision goes first.
+        allowed: dict[int, list[int]] = {}
+        for key in sorted(candidates, reverse=True):
+            allowed.setdefault(key % self._size, []).append(key)
+        with self._view.offering(sorted(allowed)):
             answered = self.policy.victims(lacking, self._view)
             if not isinstance(answered, Iterable):
                 raise self._wrong(f"victims() answered {type(answered).__name__}, not expert ids")
             named = list(answered)
-        allowed = {k % self._size: k for k in candidates}
         for expert in named:
             if not _is_whole(expert) or expert not in allowed:
                 raise self._wrong(
                     f"victim {expert} is {self._reason(expert, why_not)}; "
                     "name experts of cache.candidates only"
                 )
-        keys = [allowed[e] for e in named]
-        if len(set(keys)) < len(keys):
+        if len(set(named)) < len(named):
             raise self._wrong("a victim was named twice")
+        keys = [key for expert in named for key in allowed[expert]]
         if self._sum(keys) < min(lacking, self._sum(candidates)):
             raise self._wrong(f"victims free too little, {lacking} bytes are needed")
         return keys
@@ -294,11 +297,14 @@ def _count(quality: Quality, gate: Gate, executed: AnyArray) -> None:
         quality.mass_kept += int(source.weights[agreed].sum())
 
 
-def _low(gate: Gate, executed: AnyArray, per_layer: int) -> int:
-    """Mass of what is executed in lower precision."""
+def _low(gate: Gate, plan: Plan, executed: AnyArray, per_layer: int) -> int:
+    """Mass of what is executed in lower precision; the host has every expert in full."""
     assert gate.precisions is not None
     low = np.zeros(per_layer + 1, bool)
     low[gate.experts % per_layer] = gate.precisions > 0
+    missing = gate.experts[gate.status == MISS].tolist() if plan.serve else []
+    on_host = [e % per_layer for e in missing if plan.serve.get(e) == Serve.CPU]
+    low[on_host] = False
     mask = (executed != DROPPED) & low[np.minimum(executed, per_layer)]
     source = gate.source
     if source.gate is not None:

@@ -49,7 +49,10 @@ class Allowed:
             if on
         ]
         if self.recall is not None:
-            names.append(f"ahead=recall:{self.recall.rate:g}@{self.recall.seed}")
+            rate = self.recall.rate
+            # Other rates are other runs, however close.
+            text = f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate)
+            names.append(f"ahead=recall:{text}@{self.recall.seed}")
         return names
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -547,7 +548,17 @@ class _Replay:
         hindsight = Needs.CALIBRATION in needs or self._initial_kind(run.spec) == "static"
         request = self.request
         blind = request.calibration is None and request.share is None
-        return Needs.FUTURE in needs or (hindsight and blind)
+        taught = hindsight or Needs.PAST in needs
+        return Needs.FUTURE in needs or (hindsight and blind) or (taught and self._taught_by_itself)
+
+    @cached_property
+    def _taught_by_itself(self) -> bool:
+        """Whether ``--calibration`` is the very trace that is replayed."""
+        path = self.request.calibration
+        if path is None:
+            return False
+        with TraceReader(path, Columns.experts_only()) as reader:
+            return reader.meta.digest == self.meta.digest
 
     def _initial_kind(self, spec: PolicySpec) -> str:
         return spec.initial if spec.initial == "all" else self.request.initial or spec.initial

@@ -168,8 +168,10 @@ def wrong_networks(made: Networks, count: int, wide: int) -> str:
         return "scale and unit must be 1 or more"
     if made.requests.shape != made.prints.shape or made.prints.dtype != np.uint64:
         return "each of its requests must have a fingerprint"
-    largest = max(_reach(made.w1, made.b1, MOST_INPUT), _reach(made.w2, made.b2, MOST_HIDDEN))
-    return "its numbers are too large to be exact" if largest >= 1 << 53 else ""
+    # The second product is scaled by up to 2**13 before it is divided.
+    inner = _reach(made.w1, made.b1, MOST_INPUT) >= 1 << 53
+    outer = _reach(made.w2, made.b2, MOST_HIDDEN) >= 1 << 49
+    return "its numbers are too large to be exact" if inner or outer else ""
 
 
 def _reach(weights: AnyArray, biases: AnyArray, most: int) -> float:

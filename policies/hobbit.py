@@ -47,10 +47,15 @@ LOWEST = -1
 def unimportance(weights: AnyArray, chosen: AnyArray) -> tuple[IntArray, IntArray]:
     """Kernel: (mass of the heavier experts of a token, int64 [T, k]; its whole mass, [T, 1]).
 
-    The quotient is u. weights : int [T, k], by falling gate value. chosen : uint16 [T, k].
+    The quotient is u; of equal ones the first counts as heavier. weights : int [T, k], in any
+    order. chosen : uint16 [T, k].
     """
     mass = np.where(chosen == DROPPED, 0, weights).astype(np.int64)
-    return mass.cumsum(axis=1) - mass, mass.sum(axis=1, keepdims=True)
+    order = np.argsort(-mass, axis=1, kind="stable")
+    falling = np.take_along_axis(mass, order, axis=1)
+    before = np.empty_like(mass)
+    np.put_along_axis(before, order, falling.cumsum(axis=1) - falling, axis=1)
+    return before, mass.sum(axis=1, keepdims=True)
 
 
 def worth(
@@ -72,8 +77,9 @@ def worth(
     passes = -(-events // layers)
     return (
         PROBABILITY_ONE * (events - age) // events,
-        PROBABILITY_ONE * uses // passes,
-        PROBABILITY_ONE * full_uses // passes,
+        # An encoder's layers stand still while a decoder passes: no use counts more than once.
+        PROBABILITY_ONE * np.minimum(uses, passes) // passes,
+        PROBABILITY_ONE * np.minimum(full_uses, passes) // passes,
         PROBABILITY_ONE * (layers - layers_off) // layers,
     )
 
@@ -109,6 +115,8 @@ class MixedPrecision(RouteSeat):
         precisions = len(world.expert_bytes)
         if precisions == 1:
             raise NotRunError("not run: the model has its experts in one precision alone")
+        if world.expert_parts > 1:
+            raise NotRunError("not run: parts of one expert would differ in precision")
         self._low = precisions - 1 if self.low == LOWEST else self.low
         if not 0 < self._low < precisions:
             raise UsageError(

@@ -21,7 +21,7 @@ import numpy as np
 from moesim.errors import UsageError
 from moesim.policies.lru import LRU
 from moesim.protocol import World
-from moesim.types import Evicted, IntArray, Landed, Needs, Note
+from moesim.types import PROBABILITY_ONE, Evicted, IntArray, Landed, Needs, Note
 
 FIRST_TO_GO = 1 << 61
 
@@ -66,5 +66,6 @@ class TopHalves(LRU):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Bottom halves first while they are more than their share."""
-        crowded = self.bottoms > self.whole * (self.tops + self.bottoms)
+        share = round(self.whole * PROBABILITY_ONE)
+        crowded = self.bottoms * PROBABILITY_ONE > share * (self.tops + self.bottoms)
         return worth(self.score[experts], self.is_top[experts], crowded)

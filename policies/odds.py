@@ -282,6 +282,10 @@ class Listener:
     """Feeds gates to the counts.
 
     reach, window : layer events ahead of which ``foresee`` speaks, and by how many just passed.
+
+    Pairs are counted by token and frequencies by layer event, which agree where one request
+    decodes; in large batches the evidence of pairs falls below what bins can tell. Layers are taken
+    to come in turn, as a decoder's do.
     """
 
     def __init__(self, layers: int, experts: int, reach: int = 0, window: int = 0) -> None:
@@ -312,6 +316,11 @@ class Listener:
         found: IntArray = self.odds.shares[SOON + 1 :]
         return found
 
+    def forget_requests(self) -> None:
+        """What comes next follows nothing: requests of the past have ended."""
+        self.trail.clear()
+        self.last = [{} for _ in self.last]
+
     def _follow_last(self, source: LayerEvent, rows: AnyArray) -> None:
         """Within a request tokens follow each other, the first its last of the pass before."""
         before, layer = self.last[source.layer], source.layer
@@ -330,7 +339,7 @@ class Listener:
         if self.trail and _requests(self.trail[0][0]) != _requests(source):
             self.trail.clear()
         for lag, (earlier, then) in enumerate(self.trail, 1):
-            if earlier.step == source.step:
+            if earlier.step == source.step and len(then) == len(rows):
                 pair(self.odds, lag, source.layer, then, rows)
             else:
                 ends = newest(earlier, then), newest(source, rows)

@@ -83,6 +83,7 @@ class PairOdds(PrefetchSeat):
         for fact in world.past() if world.past is not None else ():
             if isinstance(fact, Gate):
                 self._forecasts(fact)
+        self.listener.forget_requests()
 
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """At each gate: learn, foresee, wish."""

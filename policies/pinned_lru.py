@@ -40,7 +40,7 @@ class PinnedLRU(LRU):
     """
 
     name = "pinned-lru"
-    source = "imp"
+    source = "the engine imp"
     cost = "O(n); O(R) an eviction"
     needs = Needs.CALIBRATION
     share: float = 0.5

@@ -17,8 +17,8 @@ The source says nothing of how to expect R. Here R = rate * stay:
 - rate is an expert's uses in a pass: its count of earlier layer events that demanded it, fading by
   ``gamma`` at each event of its layer, times 1 - gamma. The present use does not count: whatever is
   asked for is used now, so with it every rate would be too high.
-- stay is how many passes a copy remains, by Little's law: residents over copies a pass, both as
-  counted so far (halved together when ``WINDOW`` layer events have passed, so that the newest half
+- stay is how many passes a copy remains, by Little's law: slots over copies a pass, as counted so
+  far (halved together when ``WINDOW`` layer events have passed, so that the newest half
   counts). While few are copied the stay is long and more are worth it; when many are, it falls. The
   cache fills first: while nothing was copied yet the stay is the passes so far times the slots.
   ``stay`` above 0 sets it.

@@ -83,6 +83,7 @@ class ReuseOdds(KeepSeat):
         self.now = 0
         for fact in world.past() if world.past is not None else ():
             self.on(fact)
+        self.listener.forget_requests()
 
     def gate(self, gate: Gate) -> None:
         """What the layer's experts are worth until it comes again."""

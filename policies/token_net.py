@@ -20,7 +20,8 @@ passes alone, as there; it is delivered by a background job of as many operation
 have weights. Under it lies LRU, evicting whatever is predicted or not, as in the paper's baseline.
 
 Choices where the source is silent: a token names its best ``width`` experts (0: the model's top k);
-a prompt counts as one token that chose each expert as often as its tokens did on average.
+a prompt (or each chunk of one) counts as one token that chose each expert as often as its tokens
+did on average.
 """
 
 from __future__ import annotations

@@ -10,15 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesim.answers import Answers
 from moesim.cli import main
 from moesim.engine.fast import FastEngine
 from moesim.engine.reference import ReferenceEngine
 from moesim.errors import PolicyError, UsageError
 from moesim.policies.hobbit import Hobbit, unimportance, worth
+from moesim.policy import PlainPolicy
 from moesim.precision import enough, serving
 from moesim.protocol import CacheView, RouteSeat
 from moesim.registry import resolve
 from moesim.types import DROPPED, PROBABILITY_ONE, AnyArray, LayerEvent, Routed, State
+from moesim.view import Window
 from tests.harness import drive, inputs_of, run, setup_of, works_of
 from tests.strategies import Case, cases, decode_case, machine
 from tests.test_engines import equal
@@ -52,16 +55,19 @@ def weighted(
 
 @given(st.lists(st.lists(st.integers(0, ONE), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_unimportance_is_the_mass_of_the_heavier(weights: list[list[int]]) -> None:
-    table = -np.sort(-np.array(weights, np.int32), axis=1)
-    before, whole = unimportance(table, np.zeros_like(table, dtype=np.uint16))
-    for t, row in enumerate(table.tolist()):
+    """In whatever order they stand; of equal ones the first is heavier."""
+    before, whole = unimportance(
+        np.array(weights, np.int32), np.zeros((len(weights), 3), np.uint16)
+    )
+    for t, row in enumerate(weights):
         assert whole[t, 0] == sum(row)
-        assert before[t].tolist() == [sum(row[:i]) for i in range(3)]
+        heavier = [[w for j, w in enumerate(row) if (-w, j) < (-row[i], i)] for i in range(3)]
+        assert before[t].tolist() == list(map(sum, heavier))
 
 
 def test_a_dropped_slot_weighs_nothing() -> None:
     before, whole = unimportance(np.array([[9, 5, 2]]), np.array([[0, DROPPED, 3]], np.uint16))
-    assert (before.tolist(), whole.tolist()) == ([[0, 9, 9]], [[11]])
+    assert (before.tolist(), whole.tolist()) == ([[0, 11, 9]], [[11]])
 
 
 def test_the_four_terms_by_hand() -> None:
@@ -211,6 +217,21 @@ def test_strange_precisions_are_refused(engine: Any, precisions: AnyArray, line:
 def test_a_model_in_one_precision_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--trace", "demo", "--policy", "hobbit", "--limit", "1"]) == 2
     assert "executes experts in low precision, and demo" in capsys.readouterr().err
+
+
+def test_of_two_copies_the_low_one_goes_first_and_both_may_go() -> None:
+    """A policy names experts; both copies of one may be meant."""
+
+    class Names(PlainPolicy):
+        scored = False
+
+        def victims(self, nbytes: int, cache: CacheView) -> list[int]:
+            return list(cache.candidates)
+
+    world = setup_of(two_precisions(decode_case([[[0]]], 4, 2)), Names()).world
+    view = Window(np.full(4, State.RESIDENT, np.uint8), lambda: 0, lambda: 0, lambda layer: 0)
+    answers = Answers(Names(), world, view, [2, 2, 2, 2, 1, 1, 1, 1])
+    assert answers.in_order([1, 2, 5], 4, lambda expert: "absent") == [5, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -416,19 +416,20 @@ LOGS: dict[tuple[str, ...], list[str]] = {
         "a0m: -b2 +a0",
         "b2m: -a1 +b2",
     ],
-    # After b2 comes a1, after that b3, across the end of a pass too. What has just been used goes:
-    # its next chance is the furthest, and in the past it was not used twice in a row.
+    # At first nothing has passed, and either expert of b may come. Then: after b2 comes a1, after
+    # that b3, across the end of a pass too. What has just been used goes: its next chance is the
+    # furthest, and in the past it was not used twice in a row.
     ("odds", "miss=fetch"): [
         "start",
-        "a0m: +a0 *b2",
-        "b2h: *a1",
-        "a1h: -a1 *b3",
-        "b3h:",
-        "a0h:",
+        "a0m: +a0 *b2 *b3",
         "b2h: -b2 *a1",
         "a1h:",
         "b3h:",
         "a0h: -a0 *b2",
+        "b2h:",
+        "a1h:",
+        "b3h: -b3 *a0",
+        "a0h:",
         "b2h:",
     ],
 }

@@ -284,7 +284,10 @@ def test_every_lossless_preset_leaves_the_text_as_it_is() -> None:
             model.moesim.change(policy=name)
             found = generated(model)
         except NotRunError as error:
-            assert any(word in str(error) for word in ("CALIBRATION", "FUTURE", "predictor"))
+            assert any(
+                word in str(error)
+                for word in ("CALIBRATION", "FUTURE", "predictor", "PARTS", "low precision")
+            )
             continue
         except UsageError:
             assert model.moesim.asked.lossy

@@ -12,6 +12,9 @@ import pytest
 from moesim import ties
 from moesim.cli import main
 from moesim.policies.presets import PRESETS
+from moesim.traces.samples import trace_path
+
+DEMO = trace_path("demo")
 
 
 def a_run(policy: str, values: Any, **more: Any) -> dict[str, Any]:
@@ -112,3 +115,14 @@ def test_a_policy_without_room_does_not_stop_the_others(capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out)["runs"]
     ran = [(run["policy"], run["capacity"]) for run in found if "not_run" not in run]
     assert ran == [("lru", "10%"), ("lru", "25%"), ("swapmoe", "25%")]
+
+
+@pytest.mark.parametrize("policy", ["static", "finemoe", "odds"])
+def test_what_learns_from_the_very_trace_is_a_bound(
+    policy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["replay", "--trace", "demo", "--policy", policy, "--limit", "1", "--json"]
+    for learns, bound in ((["--split", "marked"], False), (["--calibration", str(DEMO)], True)):
+        assert main([*command, *learns]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        assert run["oracle"] is bound

@@ -11,6 +11,7 @@ from moesim.bench.feed import Case, Recording, run, spec_of
 from moesim.bench.figures import Beside, Figure, Promise, Samples
 from moesim.bench.measure import interleave
 from moesim.bench.workshop import DisagreementError, Workshop
+from moesim.engine.fast import compiled
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
 from moesim.profile import ModelProfile
@@ -83,8 +84,8 @@ SMALL, LARGE = (32, 4), (512, 10)
 
 
 def scale(shop: Workshop) -> Iterator[Figure]:
-    """ns an access at 512 experts over 32, one cache that holds 40 % of them, every keep seat that
-    is a policy by itself."""
+    """ns an access at 512 experts over 32, one cache that holds 40 % of them, every compiled
+    keep seat that is a policy by itself."""
     small, large = _sized(shop, *SMALL), _sized(shop, *LARGE)
     for seat in kept():
         shop.say(f"scale: {seat}")
@@ -92,9 +93,16 @@ def scale(shop: Workshop) -> Iterator[Figure]:
 
 
 def kept() -> list[str]:
-    """Presets that are a keep seat and nothing else."""
+    """Presets that are a compiled keep seat and nothing else."""
     seats = (name.removeprefix("keep.") for name in SEATS if name.startswith("keep."))
-    return sorted(s for s in seats if s in PRESETS and PRESETS[s].keep == s)
+    return sorted(s for s in seats if s in PRESETS and _is_keep_alone(s))
+
+
+def _is_keep_alone(name: str) -> bool:
+    preset = PRESETS[name]
+    others = (preset.prefetch, preset.miss, preset.route)
+    alone = preset.keep == name and others == ("none", "fetch", "exact")
+    return alone and compiled(spec_of(name).build())
 
 
 def _sized(shop: Workshop, experts: int, top_k: int) -> Recording:

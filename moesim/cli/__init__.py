@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="moesim",
         description="Replay recorded Mixture-of-Experts routing under expert-offloading policies.",
-        epilog="example: moesim replay --trace demo --policy lru,lfu --capacity 25%%",
+        epilog="example: moesim replay --trace demo --policy lru,lfu --capacity 25%",
     )
     top.add_argument("--version", action="version", version=f"moesim {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
   moesim plan --trace x.parquet --model olmoe-1b-7b --budget 6GiB --out plan.toml
   moesim plan --trace x.parquet --budget 4GiB --latency 50ms --split 7:3 --allow gate=topk
   moesim replay --plan plan.toml --trace x.parquet --split 7:3
-  moesim plan --trace demo --runs real --model demo --dtype fp32 --quality loss --half 1 \
+  moesim plan --trace demo --runs real --model demo --dtype fp32 --quality loss --half 1 \\
     --budget 25%,50%,75% --runs-file runs.jsonl --out plan.toml
 """
 _NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}

@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Run the hardware tests, the demo model in free mode, and for each model: "
         "measure the machine, simulate and run the policies in its sizes, and compare. On CUDA "
         "copies go as fast as the link does.",
-        epilog=_EPILOG.replace("%", "%%"),
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="for everything")
