@@ -22,6 +22,7 @@ INTERRUPTED = 130
 
 COMMANDS = (
     "replay",
+    "advise",
     "plan",
     "real",
     "fit",
