@@ -33,6 +33,7 @@ COMMANDS = (
     "bench",
     "diff",
     "validate",
+    "completion",
 )
 
 

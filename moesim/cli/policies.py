@@ -28,6 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="list policies and seats",
         description="List the policies (--policy) and the seats they are made of (--set), with "
         "their parameters and what a trace must hold for them.",
+        epilog="example: moesim policies --json",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")

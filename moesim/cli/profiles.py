@@ -21,6 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="list model and hardware profiles, or print one as TOML",
         description="List the shipped profiles with their sources, or print one whole as TOML: "
         "save it, edit it and give its path to --model, --costs or --hardware.",
+        epilog="example: moesim profiles rtx4090",
     )
     parser.add_argument("name", nargs="?", help="a shipped profile's name, or a .toml file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -39,6 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "real",
         help="run a policy on this machine",
         description="Real execution: real copies of real bytes, under the policies of a replay.",
+        epilog="example: moesim real run --trace demo --policy lru --capacity 25% --limit 2",
     )
     commands = parser.add_subparsers(dest="real_command", required=True, metavar="COMMAND")
     runner = commands.add_parser(

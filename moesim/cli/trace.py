@@ -25,6 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "trace",
         help="look at, verify, cut, import and make traces",
         description="Look at, verify, cut, import and make routing traces.",
+        epilog="example: moesim trace info demo",
     )
     commands = parser.add_subparsers(dest="trace_command", required=True, metavar="COMMAND")
     _add_info(commands)
@@ -46,8 +47,9 @@ def _add_info(commands: Subparsers) -> None:
         "info",
         help="what a trace says about itself",
         description="Print the metadata of a trace. Reads no rows; `trace check` verifies them.",
+        epilog="example: moesim trace info demo",
     )
-    parser.add_argument("trace", type=Path, help="trace file")
+    parser.add_argument("trace", help="trace file, or the name of a shipped sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run_info)
 
@@ -58,8 +60,9 @@ def _add_check(commands: Subparsers) -> None:
         help="verify every law of the format",
         description="Verify order, ranges, distinct experts, whole layers, weights, counts and "
         "digest; warn where the routing itself looks wrong. Code 2 if a law is broken.",
+        epilog="example: moesim trace check my.parquet",
     )
-    parser.add_argument("trace", type=Path, help="trace file")
+    parser.add_argument("trace", help="trace file, or the name of a shipped sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run_check)
 
@@ -69,8 +72,9 @@ def _add_head(commands: Subparsers) -> None:
         "head",
         help="write the first tokens or requests as a trace",
         description="Write the first tokens or requests of a trace as a trace of its own.",
+        epilog="example: moesim trace head demo first.parquet --requests 8",
     )
-    parser.add_argument("source", type=Path, help="trace file to read")
+    parser.add_argument("source", help="trace file to read, or the name of a shipped sample")
     parser.add_argument("target", type=Path, help="trace file to write")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--tokens", type=int, metavar="N", help="first N tokens")
@@ -85,6 +89,7 @@ def _add_parts(commands: Subparsers) -> None:
         help="see each expert as several parts, loaded and kept by themselves",
         description="Write a trace in which each expert is several experts of a part of its bytes; "
         "a token that needs one needs all of its parts. For policies that keep halves (moepic).",
+        epilog="example: moesim trace parts demo halves.parquet",
     )
     parser.add_argument("source", help="trace file to read, or the name of a shipped sample")
     parser.add_argument("target", type=Path, help="trace file to write")
@@ -96,14 +101,17 @@ def _add_parts(commands: Subparsers) -> None:
 def run_info(args: argparse.Namespace) -> int:
     """Print what the trace says about itself. Raises `TraceError`."""
     from moesim.traces.reader import TraceReader
+    from moesim.traces.samples import trace_path
 
-    with TraceReader(args.trace) as reader:
+    path = trace_path(args.trace)
+    with TraceReader(path) as reader:
         meta = reader.meta
+    size = path.stat().st_size
     if args.json:
-        size = {"bytes": args.trace.stat().st_size}
-        print(json.dumps({**_head_of(args.trace), **size, "meta": json.loads(meta.to_json())}))
+        told = {"bytes": size, "meta": json.loads(meta.to_json())}
+        print(json.dumps({**_head_of(path), **told}))
         return 0
-    for name, value in _described(meta, args.trace.stat().st_size):
+    for name, value in _described(meta, size):
         print(f"{name:<11}{value}")
     return 0
 
@@ -112,19 +120,21 @@ def run_check(args: argparse.Namespace) -> int:
     """Verify the trace. Raises `TraceError` at the first broken law."""
     from moesim.traces.check import check_file
     from moesim.traces.reader import TraceReader
+    from moesim.traces.samples import trace_path
 
     try:
-        with TraceReader(args.trace) as reader:
+        path = trace_path(args.trace)
+        with TraceReader(path) as reader:
             total = reader.meta.rows
         with _progress("checking", total) as advance:
-            report = check_file(args.trace, advance)
+            report = check_file(path, advance)
     except TraceError as error:
         if args.json:
             print(json.dumps({**_head_of(args.trace), "ok": False, "error": str(error)}))
         raise
     if args.json:
         told = {"ok": True, **_counts(report.meta), "warnings": report.warnings}
-        print(json.dumps({**_head_of(args.trace), **told}))
+        print(json.dumps({**_head_of(path), **told}))
         return 0
     for warning in report.warnings:
         print(f"warning: {warning}")
@@ -135,10 +145,12 @@ def run_check(args: argparse.Namespace) -> int:
 def run_head(args: argparse.Namespace) -> int:
     """Write the head. Raises `TraceError`, `UsageError`."""
     from moesim.traces.head import head
+    from moesim.traces.samples import trace_path
 
+    source = trace_path(args.source)
     with _progress("cutting", args.tokens or args.requests) as advance:
         meta = head(
-            args.source,
+            source,
             args.target,
             tokens=args.tokens,
             requests=args.requests,
@@ -169,7 +181,7 @@ def run_parts(args: argparse.Namespace) -> int:
     return 0
 
 
-def _head_of(path: Path) -> dict[str, Any]:
+def _head_of(path: Path | str) -> dict[str, Any]:
     return {"schema": 1, "path": str(path)}
 
 

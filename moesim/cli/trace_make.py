@@ -30,6 +30,7 @@ def add_convert(commands: Subparsers) -> None:
         "convert",
         help="import routing that others recorded",
         description=f"Write a trace from a foreign recording. Formats: {_FORMATS}.",
+        epilog="example: moesim trace convert routes.csv my.parquet --model olmoe-1b-7b",
     )
     parser.add_argument(
         "source", type=Path, nargs="+", metavar="SRC", help="file, folder, or files (one a layer)"
@@ -61,6 +62,8 @@ def add_synth(commands: Subparsers) -> None:
         help="make a synthetic trace of any size",
         description="Make a synthetic trace, streaming to disk. Equal options give equal rows, and"
         " the head of a longer trace is the shorter one.",
+        epilog="example: moesim trace synth my.parquet --model olmoe-1b-7b --requests 2 "
+        "--prompt-tokens 16 --output-tokens 8",
     )
     parser.add_argument("target", type=Path, metavar="OUT", help="trace file to write")
     parser.add_argument("--requests", type=int, required=True, metavar="N")
