@@ -41,6 +41,7 @@ KEYS = (
     "flat",
     "order",
     "kv",
+    "write_back",
 )
 """Of a manifest: what a simulation and its measurement must share."""
 

@@ -390,10 +390,7 @@ class Loads:
 
     def _evict(self, key: int, cause: Transfer | None) -> None:
         self.ledger.evict(key)
-        self.tally.evictions += 1
-        self.tally.evicted_bytes += self.ledger.copy_bytes[key]
-        self.log.add(log.EVICT, self._now(), key)
-        self.decisions.add(log.EVICT, key)
+        self._gone(key)
         self.holds.pop(key, None)
         wasted = self.unused.pop(key, None)
         if wasted is not None:
@@ -403,6 +400,13 @@ class Loads:
         self.answers.policy.note(
             Evicted(self.ledger.expert(key), self.ledger.precision(key), self.event)
         )
+
+    def _gone(self, key: int) -> None:
+        """A copy's bytes were given up."""
+        self.tally.evictions += 1
+        self.tally.evicted_bytes += self.ledger.copy_bytes[key]
+        self.log.add(log.EVICT, self._now(), key)
+        self.decisions.add(log.EVICT, key)
 
     def _unstage(self, transfer: Transfer) -> None:
         """A staged copy has computed: it takes the place of a lesser resident, or goes."""
@@ -416,10 +420,7 @@ class Loads:
         self.ledger.unstage(key, adopt=adopt)
         self.ledger.pinned.discard(key)
         if not adopt:
-            self.tally.evictions += 1
-            self.tally.evicted_bytes += self.ledger.copy_bytes[key]
-            self.log.add(log.EVICT, self._now(), key)
-            self.decisions.add(log.EVICT, key)
+            self._gone(key)
             self._note_evicted(key)
 
     def _lesser(self, key: int) -> list[int] | None:

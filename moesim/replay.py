@@ -605,6 +605,7 @@ class _Replay:
             "flat": request.options.flat,
             "allocator": request.options.allocator,
             "kv": "share" if request.options.share_kv else "apart",
+            "write_back": request.options.write_back or None,
             "batch": request.batch,
             "chunk_tokens": request.chunk_tokens,
             "arrivals": request.arrivals,

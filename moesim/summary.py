@@ -34,6 +34,7 @@ def summarise(tally: Tally) -> dict[str, Any]:
         "requests": len(tally.requests),
         "link_busy_ns": tally.link_busy_ns,
         "evictions": tally.evictions,
+        "bytes_written_back": tally.written_bytes,
         "peak_bytes": tally.peak_bytes,
         "largest_union_bytes": tally.largest_union_bytes,
         "overflows": tally.overflows,

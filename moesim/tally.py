@@ -153,6 +153,8 @@ class Tally:
     initial_bytes: int = 0
     evictions: int = 0
     evicted_bytes: int = 0
+    written_bytes: int = 0
+    """Of these, what was copied back to the host."""
     link_busy_ns: int = 0
     cancelled_bytes: int = 0
     in_flight_bytes: int = 0

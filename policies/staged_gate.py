@@ -17,9 +17,10 @@ bytes are fungible, so a buffer is not a place but a claim:
 Where the source is silent: of a prompt's tokens the first come first; at the last layer nothing is
 speculated; a speculated copy under way is not aborted.
 
-The released code has no speculative loading (``--set prefetch=none``), and swaps: the evicted
-expert is copied back to the host, so that a miss costs both directions. moesim's link knows one
-direction; ``--bandwidth`` at half the rate charges every load for both.
+The released code has no speculative loading (``--set prefetch=none``), and swaps: host and device
+hold each expert once between them, so the evicted one is copied back. Both copies go through one
+stream: ``--write-back serial``. On two streams PCIe would carry them at once: ``--write-back
+duplex``.
 """
 
 from __future__ import annotations

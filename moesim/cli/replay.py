@@ -140,6 +140,12 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         default="apart",
         help="whether the KV cache takes its bytes from --capacity [apart]",
     )
+    group.add_argument(
+        "--write-back",
+        choices=("duplex", "serial"),
+        default="",
+        help="copy what leaves the device to the host too, beside loads or before them [not]",
+    )
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +258,7 @@ def _request(args: argparse.Namespace) -> Request:
             flat=args.mode == "flat",
             allocator=args.allocator,
             share_kv=args.kv == "share",
+            write_back=args.write_back,
             check=args.check,
             timeline=args.timeline,
         ),

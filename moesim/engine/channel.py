@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesim import log
 from moesim.compiled import kernel
-from moesim.engine.fields import Ask, C, K, N, O, Q, S
+from moesim.engine.fields import Ask, Back, C, K, N, O, Q, S
 from moesim.engine.keep import keep_evicted, keep_landed
 from moesim.engine.machine import (
     ABSENT,
@@ -33,6 +33,7 @@ from moesim.engine.machine import (
 )
 from moesim.engine.order import choose_victims, enter, leave, may_go
 
+DUPLEX = int(Back.DUPLEX)
 CHOOSE, LESSER = int(Ask.CHOOSE), int(Ask.LESSER)
 
 # ---- the link ------------------------------------------------------------------------------------
@@ -210,6 +211,10 @@ def gone(m: M, key: int) -> None:
     record(m, log.EVICT, key)
     choice(m, log.EVICT)
     choice(m, key)
+    if m.s[O.WRITE_BACK]:
+        if m.s[O.WRITE_BACK] == DUPLEX:
+            m.s[S.BACK] = max(m.s[S.BACK], m.s[S.NOW])
+        m.s[S.BACK] += m.k[K.LOAD_NS, key]
     if m.s[O.HOST]:
         note(m, EVICTED, key)
     else:
@@ -358,7 +363,20 @@ def link_grant(m: M) -> None:
     m.s[S.L_KEY] = pick
     m.s[S.L_LAST] = last
     m.s[S.L_SPAN] = m.s[S.NOW]
+    if m.s[O.WRITE_BACK]:
+        duration = crossed(m, duration, last == m.ends[row, 0])
     link_pending(m, duration, LOAD_DONE)
+
+
+@kernel
+def crossed(m: M, duration: int, whole: bool) -> A:
+    """``Link._crossed``."""
+    if m.s[O.WRITE_BACK] != DUPLEX:
+        duration += m.s[S.BACK]
+        m.s[S.BACK] = 0
+    elif whole:
+        duration = max(duration, m.s[S.BACK] - m.s[S.NOW])
+    return duration
 
 
 @kernel

@@ -22,7 +22,7 @@ from moesim.engine.asked import Asked
 from moesim.engine.block import Block, BlockMaker, load_block_functions
 from moesim.engine.clock import TOO_LONG
 from moesim.engine.feed import Feed
-from moesim.engine.fields import C, D, E, G, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
+from moesim.engine.fields import Back, C, D, E, G, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
 from moesim.engine.foresight import Foreseer
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.quick import quick_steps
@@ -292,6 +292,8 @@ class FastEngine:
         seats, options, s = self._seats, self.setup.options, self._machine.s
         if seats is None or options.timeline or not s[O.ONE_VICTIM] or not options.quick:
             return False
+        if options.write_back:
+            return False
         if wish_of(seats.prefetch) != Wish.NONE or not isinstance(seats.miss, Fetch):
             return False
         longest = max(int(made.demand[D.NS].max(initial=0)), int(made.events[:, E.DENSE_NS].max()))
@@ -523,6 +525,7 @@ def _scalars(setup: Setup, seats: SeatPolicy | None) -> IntArray:
     s[O.BYPASS] = setup.policy.bypass
     s[O.BARRIER] = options.order == "barrier"
     s[O.STAGING] = world.top_k
+    s[O.WRITE_BACK] = Back[(options.write_back or "nothing").upper()]
     s[O.SYNC], s[O.PLAN] = costs.sync_ns, costs.plan_ns
     s[O.DECODE_FROM] = world.decode_from
     s[O.SEED] = world.seed
@@ -664,6 +667,7 @@ def _read(m: M, tally: Tally) -> None:
         "skip": s(S.SERVED_SKIP),
     }
     tally.evictions, tally.evicted_bytes = s(S.EVICTIONS), s(S.EVICTED_BYTES)
+    tally.written_bytes = tally.evicted_bytes if m.s[O.WRITE_BACK] else 0
     tally.link_busy_ns = s(S.LINK_BUSY)
     tally.cancelled_bytes, tally.in_flight_bytes = s(S.MOVED_OF_CANCELLED), s(S.IN_FLIGHT_BYTES)
     tally.resident_bytes = int(m.k[K.COPY, : len(m.state)][m.state == State.RESIDENT].sum())

@@ -50,6 +50,8 @@ class S(_Rows):
     L_LAST = auto()
     """Chunks that will have moved when it ends."""
     L_SPAN = auto()
+    BACK = auto()
+    """When the other direction will have sent all that left, or how long that will take."""
     STAGED = auto()
     TSEQ = auto()
     """Transfers made so far."""
@@ -185,6 +187,8 @@ class O(IntEnum):  # noqa: E742
     BYPASS = auto()
     BARRIER = auto()
     STAGING = auto()
+    WRITE_BACK = auto()
+    """What happens to copies that leave (``Back``)."""
     SYNC = auto()
     PLAN = auto()
     DISTANCE = auto()
@@ -534,6 +538,14 @@ class Order(IntEnum):
     HEAP = 2
     """In heaps by (rank, key), where a score has a rank that only its own expert's touches change,
     or that all of a heap change alike."""
+
+
+class Back(IntEnum):
+    """What happens to copies that leave the device (``Options.write_back``)."""
+
+    NOTHING = 0
+    DUPLEX = 1
+    SERIAL = 2
 
 
 class Ask(IntEnum):

@@ -29,12 +29,17 @@ class Link(Loads):
         staging: int,
         arrived: Callable[[Transfer], None],
         blocked: Callable[[], None],
+        write_back: str = "",
     ) -> None:
         super().__init__(
             lambda: clock.now, ledger, answers, costs, tally, staging, arrived, blocked
         )
         self.clock = clock
         self._asleep: simpy.Event | None = None
+        self._write_back = write_back
+        self._back_ns = 0
+        """When the other direction will have sent all that left (duplex), or how long that will
+        take (serial)."""
 
     def wake(self) -> None:
         """Something changed: perhaps the link may send again."""
@@ -56,8 +61,29 @@ class Link(Loads):
     def _send(self, transfer: Transfer) -> Process:
         last = len(transfer.ends) if transfer.demanded else transfer.sent + 1
         duration = transfer.ends[last - 1] - transfer.moved_ns
+        duration = self._crossed(duration, whole=last == len(transfer.ends))
         start = self.clock.now
         self._in_service = transfer
         yield self.clock.after(duration, LOAD_DONE)
         self._in_service = None
         self._sent(transfer, last, start, self.clock.now)
+
+    # ---- the other direction (rule 13) -----------------------------------------------------------
+
+    def _gone(self, key: int) -> None:
+        super()._gone(key)
+        if not self._write_back:
+            return
+        nbytes = self.ledger.copy_bytes[key]
+        self.tally.written_bytes += nbytes
+        if self._write_back == "duplex":
+            self._back_ns = max(self._back_ns, self.clock.now)
+        self._back_ns += self._ends(nbytes)[-1]
+
+    def _crossed(self, duration: int, *, whole: bool) -> int:
+        """How long the link is held that sends for ``duration``; ``whole``: to a load's end."""
+        if self._write_back == "serial":
+            duration, self._back_ns = duration + self._back_ns, 0
+        elif self._write_back and whole:
+            duration = max(duration, self._back_ns - self.clock.now)
+        return duration

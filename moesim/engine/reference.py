@@ -75,6 +75,7 @@ class ReferenceEngine(Desk):
             staging=world.top_k,
             arrived=self._on_arrival,
             blocked=self._on_blocked,
+            write_back=options.write_back,
         )
         self.loads = self.link
         workers = setup.costs.hardware.host.workers

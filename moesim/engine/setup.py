@@ -23,6 +23,8 @@ class Options:
     flat : every access an event of its own (``workload.flat_events``).
     allocator : "bytes" or "slots" (``Ledger``).
     share_kv : the KV cache takes its bytes from the expert cache.
+    write_back : what leaves the device is copied to the host, "duplex" beside the loads or "serial"
+        before them; "" leaves it out, as an expert never changes.
     check : audit the laws while running.
     timeline : keep what each lane did, for a trace viewer.
     log : keep the digests of the log; the fast engine may do without.
@@ -34,6 +36,7 @@ class Options:
     flat: bool = False
     allocator: str = "bytes"
     share_kv: bool = False
+    write_back: str = ""
     check: bool = False
     timeline: bool = False
     log: bool = True
