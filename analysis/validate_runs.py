@@ -43,7 +43,8 @@ KEYS = (
     "kv",
     "write_back",
 )
-"""Of a manifest: what a simulation and its measurement must share."""
+"""Of a manifest: what a simulation and its measurement must share; where experts differ in size
+also how a bank has room for them."""
 
 _TOLD = {"capacity", "policy"}
 _NAMED = 3
@@ -67,7 +68,12 @@ class Run:
     @property
     def key(self) -> str:
         """What it is matched by."""
-        return canonical([self.manifest.get(name) for name in KEYS])
+        return canonical([self.manifest.get(name) for name in self.keys])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Which of its facts that is."""
+        return KEYS if self.summary["sizes_equal"] else (*KEYS, "allocator")
 
     @property
     def name(self) -> str:
@@ -343,7 +349,7 @@ def _refuse_other_settings(sims: Sequence[Run], reals: Sequence[Run]) -> None:
         for other in sims:
             same = all(_named(run, name) == _named(other, name) for name in ("policy", "capacity"))
             if same:
-                key = next(k for k in KEYS if run.manifest.get(k) != other.manifest.get(k))
+                key = next(k for k in run.keys if run.manifest.get(k) != other.manifest.get(k))
                 what = "settings" if key == "policy" else key
                 raise UsageError(
                     f"{run.folder}: {run.name} was measured with {what} {_short(run, key)}, and "

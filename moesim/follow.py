@@ -253,6 +253,9 @@ class _Script:
         """Wait for the log to say so."""
         self._given.append((JOB, number))
 
+    def computed(self) -> None:
+        """The reports alone are followed."""
+
     def next(self) -> Report:
         """The next report of the log."""
         report = Report(*self._take(CAME, "waits for a lane"))

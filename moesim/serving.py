@@ -9,6 +9,7 @@ run again (``moesim.follow``). The rules are those of the clock in ``moesim/READ
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -27,6 +28,8 @@ from moesim.view import View
 from moesim.workload import DONE, STARVED, Item, Row, Scheduler, Step, Work, layer_events
 
 COPY, DENSE, EXPERT, HOST, JOB = "copy", "dense", "expert", "host", "job"
+_COMPUTED = ("dense", "expert", "stall")
+"""Spans of the compute lane."""
 
 
 class Report(NamedTuple):
@@ -75,6 +78,23 @@ class Lanes(Protocol):
 
     def next(self) -> Report:
         """Wait for the next report."""
+
+    def computed(self) -> Sequence[tuple[int, int]] | None:
+        """(begin, end) in ns of the run of what the compute lane has done since this was last
+        asked, in order, by the clock of a device that works after the reports. None: the reports
+        say it."""
+
+
+class _Launched(NamedTuple):
+    """Work given to the compute lane.
+
+    key : the expert's; -1 for the dense part. since_ns : from when on it was waited for.
+    """
+
+    layer: int
+    key: int
+    hit: bool
+    since_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +215,10 @@ class Server(Desk):
         self._hits: set[int] = set()
         self._layer = 0
         self._dense: Report | None = None
+        self._launched: deque[_Launched] = deque()
+        """What the compute lane was given, and has not accounted for."""
+        self._since = 0
+        """When the newest layer event began to wait for its experts."""
         self._left = 0
         """Experts of the layer event that the device has not computed."""
         self._on_host = 0
@@ -265,7 +289,9 @@ class Server(Desk):
     def _step(self, step: Step) -> None:
         self.begin_step(step)
         stall, misses = self.tally.times.stall, self.misses()
+        before, drawn = self._compute_times(), len(self.spans or ())
         self._forward(step)
+        self._settle(before, drawn)
         for part in step.parts:
             times = self.times[part.work.index]
             times.stall_ns += self.tally.times.stall - stall
@@ -298,6 +324,7 @@ class Server(Desk):
     def _compute_dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         self._spend("plan", self.now())
         self._dense = None
+        self._launched.append(_Launched(layer, -1, True, 0))
         self.lanes.dense(layer, tokens, rows)
         self._wait(lambda: self._dense is not None)
         report = self._dense
@@ -313,14 +340,19 @@ class Server(Desk):
         hits = self.keys[gate.status == HIT].tolist()
         self._hits = set(hits)
         self._left = len(hits) + waiting
+        self._since = self._at
         on_host = self._on_host
         for key in hits:
-            self.lanes.expert(key, self._tokens[key])
+            self._launch(key)
         self._wait(lambda: not self._left and not self._on_host)
         self._spend("cpu_wait" if on_host else "sync", self.now())
 
     def _on_arrival(self, transfer: Transfer) -> None:
-        self.lanes.expert(transfer.key, self._tokens[transfer.key])
+        self._launch(transfer.key)
+
+    def _launch(self, key: int) -> None:
+        self._launched.append(_Launched(self._layer, key, key in self._hits, self._since))
+        self.lanes.expert(key, self._tokens[key])
 
     # ---- for the desk ----------------------------------------------------------------------------
 
@@ -379,6 +411,60 @@ class Server(Desk):
         self._left -= 1
         self.loads.release(report.key)
 
+    # ---- a device's own clock --------------------------------------------------------------------
+
+    def _compute_times(self) -> tuple[dict[str, int], list[int]]:
+        """What the compute lane's time went to so far, and stall by layer."""
+        times = self.tally.times
+        spent = {name: getattr(times, name) for name in ("dense", "experts", "stall", "sync")}
+        return spent, list(self.tally.layer_stall_ns)
+
+    def _settle(self, before: tuple[dict[str, int], list[int]], drawn: int) -> None:
+        """Account for a step anew by the device's clock, where it has one; the sum stays.
+
+        What the device neither computed in nor waited for an expert in is ``sync``: launches, and
+        threads that hand work over. before : the times when the step began. drawn : spans then.
+        """
+        computed = self.lanes.computed()
+        if computed is None:
+            self._launched.clear()
+            return
+        now, _ = self._compute_times()
+        spent, self.tally.layer_stall_ns[:] = before
+        for name, ns in spent.items():
+            setattr(self.tally.times, name, ns)
+        self.tally.times.sync += sum(now.values()) - sum(spent.values())
+        if self.spans is not None:
+            self.spans[drawn:] = [s for s in self.spans[drawn:] if s[0] not in _COMPUTED]
+        ended = 0
+        for begin, end in computed:
+            self._account(self._launched.popleft(), ended, begin, end, spent["sync"])
+            ended = end
+
+    def _account(
+        self, work: _Launched, ended_ns: int, begin_ns: int, end_ns: int, floor_ns: int
+    ) -> None:
+        """One piece of work, that the device began after the one before had ended."""
+        waited_from = max(ended_ns, work.since_ns)
+        if not work.hit and begin_ns > waited_from:
+            stall = self._move("stall", begin_ns - waited_from, floor_ns)
+            self.tally.layer_stall_ns[work.layer] += stall
+            self._draw("stall", waited_from, begin_ns, -1)
+        what, lane = ("dense", "dense") if work.key < 0 else ("experts", "expert")
+        self._move(what, end_ns - begin_ns, floor_ns)
+        self._draw(lane, begin_ns, end_ns, work.key)
+
+    def _move(self, what: str, ns: int, floor_ns: int) -> int:
+        """Take a time out of the step's ``sync``, as much as is there; how much that was.
+
+        What a device does while the policy is asked or the host computes is in those times.
+        """
+        times = self.tally.times
+        ns = max(0, min(ns, times.sync - floor_ns))
+        times.sync -= ns
+        setattr(times, what, getattr(times, what) + ns)
+        return ns
+
     def _spend(self, what: str, until_ns: int) -> None:
         """Account for the compute lane's time up to a moment."""
         if until_ns > self._at:
@@ -387,5 +473,8 @@ class Server(Desk):
             self._at = until_ns
 
     def _span(self, lane: str, report: Report, key: int) -> None:
+        self._draw(lane, report.start_ns, report.end_ns, key)
+
+    def _draw(self, lane: str, start_ns: int, end_ns: int, key: int) -> None:
         if self.spans is not None:
-            self.spans.append((lane, report.start_ns, report.end_ns, key))
+            self.spans.append((lane, start_ns, end_ns, key))

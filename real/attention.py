@@ -7,7 +7,7 @@ layer, and each token reads the positions that it may see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,14 @@ def heads_of(model: ModelProfile, layer: int, itemsize: int) -> Heads | None:
     size = numbers // kept
     groups = max(1, model.hidden // (kept * size))
     return Heads(kept * groups, kept, size, window, True)
+
+
+def without_cudnn() -> Callable[[], None]:
+    """Keep torch from cuDNN's attention, which makes a plan for each length of context: a run
+    would measure plans. What is returned puts it back."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return lambda: torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Cache:
@@ -164,7 +172,8 @@ def _one(queries: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = scores.softmax(-1) @ values
     else:
         made = _kernel(folded, keys, values)
-    return made.view_as(queries)
+    # What a kernel returns need not lie as its queries do.
+    return made.reshape(queries.shape)
 
 
 def _many(queries: torch.Tensor, held: torch.Tensor, window: int) -> torch.Tensor:

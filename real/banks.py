@@ -58,14 +58,18 @@ class HeldBank:
 
     def close(self) -> None:
         """Give everything back."""
-        self._drop()
-        if self._claim is not None:
+        if self._drop() and self._claim is not None:
             self._claim.close()
 
-    def _drop(self) -> None:
+    def _drop(self) -> bool:
+        """Give the experts' memory back; False where a device would not leave it."""
+        bank, self._bank = self._bank, None
         if self._pins is not None:
+            if cuda.keep_abandoned((self._pins, self._claim), bank):
+                self._pins = Pins()
+                return False
             self._pins.close()
-        self._bank = None
+        return True
 
 
 def open_device(

@@ -24,6 +24,10 @@ class RunClock:
         rested = self._rested_at
         return (time.perf_counter_ns() if rested is None else rested) - self._offset
 
+    def at(self, moment_ns: int) -> int:
+        """Time of the run at a moment of ``time.perf_counter_ns`` since it was last resumed."""
+        return moment_ns - self._offset
+
     def rest(self) -> None:
         """What follows is not part of the run."""
         if self._rested_at is None:

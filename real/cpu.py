@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from moesim.errors import UsageError
 from moesim.profile import ModelProfile
-from moesim.real.errors import ExecutionError
+from moesim.real.banked import Banked
 from moesim.real.host_bank import HostBank, zeros
-from moesim.real.kernels import DenseParts, Experts, mlp, numbers_of, said_of, sides
+from moesim.real.kernels import DenseParts, Experts, numbers_of
 from moesim.real.memory import Fit, Needs, aligned
 from moesim.real.slots import SlotLedger
 from moesim.types import AnyArray
@@ -24,15 +20,16 @@ from moesim.workload import Row
 _RAM = torch.device("cpu")
 
 
-class Cpu:
+class Cpu(Banked):
     """Banks and arithmetic in RAM.
 
     Every expert is a gated MLP of the model's hidden size. Its width is what its bytes hold in the
     type that is computed with, so that all bytes that were copied are read: for a profile in bf16
     that is the model's own width, for four-bit experts about a quarter of it.
 
-    bank : the experts. verify : compare a slot with the host's expert before and after it computes.
     """
+
+    kind = "cpu"
 
     def __init__(
         self,
@@ -47,18 +44,14 @@ class Cpu:
         bank: HostBank | None = None,
         closing: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model = model
-        self._ledger = ledger
-        self._shared = shared
-        self._threads = threads
-        self._threads_before = torch.get_num_threads()
-        self._verify = verify
-        self._closing = closing
-        self._type = compute_type(model.dtype)
-        self._bank = bank or HostBank(needs.expert_bytes, shared.expert_buffers, self._type, seed)
+        dtype = compute_type(model.dtype)
+        bank = bank or HostBank(needs.expert_bytes, shared.expert_buffers, dtype, seed)
+        super().__init__(
+            model, ledger, shared, bank, dtype, threads=threads, verify=verify, closing=closing
+        )
         self._slots = {size: zeros(n, aligned(size)).numpy() for size, n in needs.slots.items()}
         try:
-            self._gated = Experts(model.hidden, self._type, _RAM)
+            self._on_host = self._gated = Experts(model.hidden, dtype, _RAM)
             self._parts = DenseParts.random(model, needs, shared, self._gated.inputs, seed + 1)
         except RuntimeError as error:
             raise UsageError(f"RAM ran out: {error}; give less --capacity or --ram") from None
@@ -93,32 +86,10 @@ class Cpu:
         self._gated.compute(numbers_of(copy, self._type), tokens)
         self._check(key, copy, "while")
 
-    # ---- the host's workers ----------------------------------------------------------------------
+    def computed(self) -> None:
+        """It is computed when the call is back."""
 
-    def host_expert(self, key: int, tokens: int) -> None:
-        """A gated MLP over the host's bytes."""
-        with torch.inference_mode():
-            mlp(self._gated.inputs(tokens), numbers_of(self._host(key), self._type))
-
-    # ---- what is said of it ----------------------------------------------------------------------
-
-    def manifest(self) -> dict[str, Any]:
-        """Banks, and what is computed with."""
-        return {
-            "kind": "cpu",
-            "expert_buffers": self._bank.count,
-            "experts": self._model.layers * self._model.experts,
-            "dense_buffers": self._shared.dense_buffers,
-            "slots": {str(size): count for size, count in self._ledger.slots.items()},
-            "compute_dtype": str(self._type).removeprefix("torch."),
-            "expert_width": width_of(self._model, self._ledger, self._type),
-            "context": said_of(self._parts.cache),
-            "cache_bytes": self._parts.cache.nbytes,
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """Versions, threads, processor."""
-        return host_facts(self._threads)
+    # ---- between runs ----------------------------------------------------------------------------
 
     def lend(self, ledger: SlotLedger) -> bool:
         """Serve another run of the same model and batches from these banks; False: too few slots.
@@ -137,37 +108,13 @@ class Cpu:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _host(self, key: int) -> AnyArray:
-        return self._bank.row(self._ledger.expert(key))[: self._ledger.copy_bytes[key]]
-
     def _slot(self, key: int, slot: int) -> AnyArray:
         row: AnyArray = self._slots[self._ledger.bytes_of[key]][slot]
         return row[: self._ledger.copy_bytes[key]]
 
     def _check(self, key: int, copy: AnyArray, when: str) -> None:
         if self._verify and not np.array_equal(copy, self._host(key)):
-            raise other_bytes(self._model, key, when)
-
-
-def other_bytes(model: ModelProfile, key: int, when: str) -> ExecutionError:
-    """A slot does not hold what was copied there."""
-    place = f"{key // model.experts}.{key % model.experts}"
-    return ExecutionError(f"the slot of expert {place} held other bytes {when} it computed")
-
-
-def width_of(model: ModelProfile, ledger: SlotLedger, dtype: torch.dtype) -> int:
-    """Width of the first expert, as its bytes hold it in a type."""
-    return sides(ledger.copy_bytes[0] // dtype.itemsize, model.hidden)[1]
-
-
-def host_facts(threads: int) -> dict[str, Any]:
-    """Versions, threads, processor."""
-    return {
-        "torch": torch.__version__,
-        "threads": threads,
-        "processor_name": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
+            raise self._other_bytes(key, when)
 
 
 def compute_type(dtype: str) -> torch.dtype:
@@ -176,13 +123,3 @@ def compute_type(dtype: str) -> torch.dtype:
         return torch.float32
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if supported else torch.float32
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"

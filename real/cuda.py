@@ -20,9 +20,11 @@ import torch
 
 from moesim.errors import NotRunError, UsageError
 from moesim.profile import ModelProfile
-from moesim.real.cpu import host_facts, other_bytes, width_of
+from moesim.real.attention import without_cudnn
+from moesim.real.banked import Banked
 from moesim.real.host_bank import HostBank
-from moesim.real.kernels import DenseParts, Experts, mlp, numbers_of, said_of
+from moesim.real.kernels import DenseParts, Experts, numbers_of
+from moesim.real.measure import kinds_of
 from moesim.real.memory import Fit, Needs, aligned
 from moesim.real.slots import SlotLedger
 from moesim.workload import Row
@@ -36,6 +38,9 @@ WORKSPACE_BYTES = 1 << 30
 _SETTLED = 512
 """Pairs of events kept before those that have passed are added up."""
 
+_PROMPT = 64
+"""Tokens of the prompt that kernels are warmed up with."""
+
 _LEAVE_S = 10.0
 """How long a device may take to come to an end."""
 
@@ -43,12 +48,14 @@ _Place = tuple[int, int]
 """Bytes of a slot, and its number among slots of that size."""
 
 
-class Cuda:
+class Cuda(Banked):
     """Banks and arithmetic of one device. The experts' width is as in ``cpu.py``.
 
     bank : the experts, readable for the device where it could be had.
-    verify : compare a slot with the host's expert before and after it computes; it waits for both.
+    verify : it waits for what is compared.
     """
+
+    kind = "cuda"
 
     def __init__(
         self,
@@ -64,20 +71,16 @@ class Cuda:
         capacity: str = "",
         closing: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model = model
-        self._ledger = ledger
-        self._shared = shared
-        self._threads = threads
-        self._threads_before = torch.get_num_threads()
-        self._verify = verify
-        self._bank = bank
-        self._type = compute_type(model.dtype)
+        dtype = compute_type(model.dtype)
+        super().__init__(
+            model, ledger, shared, bank, dtype, threads=threads, verify=verify, closing=closing
+        )
         self._compute, self._copying = _CUDA.Stream(), _CUDA.Stream()
         self._arrived: dict[_Place, Any] = {}
         self._used: dict[_Place, Any] = {}
-        self._closing = closing
         self._meter = Meter()
-        self._pins = Pins()
+        self._watch = Stopwatch()
+        self._with_cudnn = without_cudnn()
         try:
             self._open(needs, seed)
         except _CUDA.OutOfMemoryError:
@@ -86,6 +89,9 @@ class Cuda:
                 f"--capacity {capacity}: the device's memory ran out while the banks were made; "
                 "something else uses it. End that, or give less --capacity"
             ) from None
+        except BaseException:
+            self.close()
+            raise
         torch.set_num_threads(threads)
 
     def _open(self, needs: Needs, seed: int) -> None:
@@ -100,8 +106,7 @@ class Cuda:
         self._on_host = Experts(self._model.hidden, self._type, torch.device("cpu"))
         # Experts and weights of a token, as a router says them.
         self._routing = torch.zeros(16 * self._model.top_k, dtype=torch.uint8, device=device)
-        self._known = torch.zeros(16 * self._model.top_k, dtype=torch.uint8)
-        self._pins.pin(self._known)
+        self._known = pinned(16 * self._model.top_k)
         # All that was made on the default stream is there for the other two.
         _CUDA.synchronize()
 
@@ -127,26 +132,36 @@ class Cuda:
     # ---- the compute lane ------------------------------------------------------------------------
 
     def start_computing(self) -> None:
-        """Every kernel runs once before it is timed."""
-        self.dense(0, 1, self._parts.cache.anyone())
-        self.dense(-1, 1, ())
-        with _CUDA.stream(self._compute):
-            for size in self._slots:
-                self._experts.compute(numbers_of(self._slots[size][0], self._type), 1)
+        """Every kernel runs once before it is timed: of each kind of layer, for a token and for
+        a prompt. Libraries choose others for other shapes, and load them when first used."""
+        cache = self._parts.cache
+        prompt = max(1, min(_PROMPT, cache.positions or _PROMPT))
+        for tokens, context in ((prompt, prompt), (1, prompt), (1, 1)):
+            rows = (Row(-1, tokens, context),) if cache.positions else ()
+            for layer, _ in kinds_of(self._model):
+                self.dense(layer, tokens, rows)
+            self.dense(-1, tokens, ())
+            with _CUDA.stream(self._compute):
+                for size in self._slots:
+                    self._experts.compute(numbers_of(self._slots[size][0], self._type), tokens)
         _CUDA.synchronize()
+        self._watch = Stopwatch()
 
     def dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:
         """A layer's dense part and the way of its routing to the host; or the output head and that
         of its tokens."""
         with _CUDA.stream(self._compute):
+            begun = self._watch.start(self._compute)
             if layer < 0:
                 self._parts.head(tokens)
             else:
                 self._parts.dense(layer, tokens, rows)
             self._known.copy_(self._routing, non_blocking=True)
-            known = _CUDA.Event()
-            known.record(self._compute)
+            known = self._watch.stop(begun, self._compute)
+        # While the device is at it, what it has done before can be read.
+        self._watch.read()
         known.synchronize()
+        self._watch.passed(known, time.perf_counter_ns())
 
     def expert(self, key: int, slot: int, tokens: int) -> None:
         """A gated MLP over the bytes in the slot, behind their arrival; back when launched."""
@@ -157,36 +172,24 @@ class Cuda:
             if arrived is not None:
                 self._compute.wait_event(arrived)
             self._check(key, copy, "before")
+            begun = self._watch.start(self._compute)
             self._experts.compute(numbers_of(copy, self._type), tokens)
+            self._used[place] = self._watch.stop(begun, self._compute)
             self._check(key, copy, "while")
-            used = _CUDA.Event()
-            used.record(self._compute)
-        self._used[place] = used
 
-    # ---- the host's workers ----------------------------------------------------------------------
-
-    def host_expert(self, key: int, tokens: int) -> None:
-        """A gated MLP over the host's bytes."""
-        row = self._bank.row(self._ledger.expert(key))[: self._ledger.copy_bytes[key]]
-        with torch.inference_mode():
-            mlp(self._on_host.inputs(tokens), numbers_of(row, self._type))
+    def computed(self) -> Sequence[tuple[int, int]]:
+        """By events around each part, as far as the host has waited for them."""
+        return self._watch.told()
 
     # ---- what is said of it ----------------------------------------------------------------------
 
     def manifest(self) -> dict[str, Any]:
         """Banks, and what is computed with."""
         return {
-            "kind": "cuda",
-            "expert_buffers": self._bank.count,
-            "experts": self._model.layers * self._model.experts,
+            **super().manifest(),
             "pinned": self._bank.pinned,
             "why_pageable": self._bank.why_not,
-            "dense_buffers": self._shared.dense_buffers,
-            "slots": {str(size): count for size, count in self._ledger.slots.items()},
-            "compute_dtype": str(self._type).removeprefix("torch."),
-            "expert_width": width_of(self._model, self._ledger, self._type),
-            "context": said_of(self._parts.cache),
-            "cache_bytes": self._parts.cache.nbytes,
+            "cudnn_attention": False,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -194,7 +197,7 @@ class Cuda:
         _CUDA.synchronize()
         nbytes, spent_ns = self._meter.total()
         return {
-            **host_facts(self._threads),
+            **super().facts(),
             "device_name": _CUDA.get_device_properties(0).name,
             "cuda": torch.version.cuda,
             "link_bytes": nbytes,
@@ -204,16 +207,16 @@ class Cuda:
     def close(self) -> None:
         """Give everything back; ``closing`` may have the bank of experts go with it."""
         torch.set_num_threads(self._threads_before)
+        self._with_cudnn()
         if not self._is_idle():
             # What a device still works on may not be taken away; it ends with the process.
+            _ABANDONED.append((self, self._bank))
             return
-        self._pins.close()
         for name in ("_slots", "_parts", "_experts", "_routing", "_known"):
             self.__dict__.pop(name, None)
         self._arrived.clear()
         self._used.clear()
-        with suppress(RuntimeError):
-            _CUDA.empty_cache()
+        free_cached()
         self._closing()
 
     # ---- inside ----------------------------------------------------------------------------------
@@ -240,7 +243,73 @@ class Cuda:
             return
         self._compute.synchronize()
         if not torch.equal(copy.cpu(), self._bank.tensor(self._ledger.expert(key))[: len(copy)]):
-            raise other_bytes(self._model, key, when)
+            raise self._other_bytes(key, when)
+
+
+_ABANDONED: list[tuple[object, HostBank]] = []
+"""Who has banks that a device did not stop working on, and the experts: never to be freed."""
+
+
+def keep_abandoned(owner: object, bank: HostBank | None) -> bool:
+    """Whether a device still reads a bank; then its owner is kept as well."""
+    still = any(bank is one for _, one in _ABANDONED)
+    if still and bank is not None:
+        _ABANDONED.append((owner, bank))
+    return still
+
+
+def free_cached() -> None:
+    """Give back what torch keeps of an idle device's memory for later, cuBLAS's part as well."""
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_clearCublasWorkspaces()
+    with suppress(RuntimeError):
+        _CUDA.empty_cache()
+
+
+class Stopwatch:
+    """When parts of a stream's work began and ended, in the host's time, by events.
+
+    Nothing waits for it: an event is read after the host has waited for a later one anyway, and
+    that one's moment is where both clocks meet. It serves the thread that computes; ``told`` is
+    for another, while that one rests.
+    """
+
+    def __init__(self) -> None:
+        self._launched: list[tuple[Any, Any]] = []
+        self._passed: deque[tuple[list[tuple[Any, Any]], Any, int]] = deque()
+        self._told: list[tuple[int, int]] = []
+
+    def start(self, stream: Any) -> Any:
+        """A part begins, behind all that the stream waits for."""
+        begun = _CUDA.Event(enable_timing=True)
+        begun.record(stream)
+        return begun
+
+    def stop(self, begun: Any, stream: Any) -> Any:
+        """It ends; the event of that."""
+        ended = _CUDA.Event(enable_timing=True)
+        ended.record(stream)
+        self._launched.append((begun, ended))
+        return ended
+
+    def passed(self, event: Any, moment_ns: int) -> None:
+        """The host has just heard, at a moment, of an event behind all parts so far."""
+        self._passed.append((self._launched, event, moment_ns))
+        self._launched = []
+
+    def read(self) -> None:
+        """Turn events that have passed into times."""
+        while self._passed:
+            parts, event, moment_ns = self._passed.popleft()
+            for part in parts:
+                begin, end = (moment_ns - round(one.elapsed_time(event) * 1e6) for one in part)
+                self._told.append((begin, end))
+
+    def told(self) -> list[tuple[int, int]]:
+        """(begin, end) in ns of ``time.perf_counter_ns``, in order, each part once."""
+        self.read()
+        told, self._told = self._told, []
+        return told
 
 
 class Meter:
@@ -337,6 +406,12 @@ def free_bytes() -> int:
 def compute_type(dtype: str) -> torch.dtype:
     """What a profile's weights are computed in."""
     return torch.float32 if dtype in ("fp32", "float32") else torch.bfloat16
+
+
+def pinned(nbytes: int) -> torch.Tensor:
+    """A few zeros that the device reads directly. What is registered takes whole pages, which
+    small things would share with others."""
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=_DEVICE == "cuda")
 
 
 class Pins:

@@ -37,6 +37,10 @@ class Device(Protocol):
     def expert(self, key: int, slot: int, tokens: int) -> None:
         """Compute an expert from its slot; back when the slot may be given away."""
 
+    def computed(self) -> Sequence[tuple[int, int]] | None:
+        """(begin, end) by ``time.perf_counter_ns`` of each dense part and expert that has been
+        computed since this was last asked, in order. None: those who call know it themselves."""
+
     def host_expert(self, key: int, tokens: int) -> None:
         """Compute an expert where the host keeps it."""
 

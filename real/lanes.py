@@ -166,6 +166,8 @@ class Lanes:
         self._chunk = costs.hardware.link.chunk_bytes
         self._handover_ns = costs.hardware.link.handover_ns
         self._paused = threading.Event()
+        self._before: Arrival | None = None
+        """The copy under way when the newest was given; the copy lane's own."""
         self._longest_ns = 0
         self._copying = Lane("copy", self.clock, self._reports, queue.SimpleQueue())
         self._computing = self._compute_lane()
@@ -250,6 +252,12 @@ class Lanes:
         self._longest_ns = max(self._longest_ns, length_ns)
         self._working.give(Task(JOB, number, f"job {number}", wait))
 
+    def computed(self) -> Sequence[tuple[int, int]] | None:
+        """By the device's own clock, where it has one: (begin, end) in ns of the run."""
+        found = self._device.computed()
+        at = self.clock.at
+        return None if found is None else [(at(begin), at(end)) for begin, end in found]
+
     def next(self) -> Report:
         """Wait for the next report.
 
@@ -292,23 +300,23 @@ class Lanes:
     def _send(self, key: int, slot: int, ends: Sequence[int], sent: int) -> int:
         """The copy lane's work: chunks, until the last, a pause, or the end of the run.
 
-        A device that copies by itself is given a chunk while the one before moves. The last one is
-        left on its way: what computes from the slot waits for it there.
+        A device that copies by itself is given a chunk while the one before moves, of whatever
+        expert that is: two are under way at most. The last one is left on its way: what computes
+        from the slot waits for it there.
         """
         nbytes = self._ledger.copy_bytes[key]
         # The modelled hand-over is what really passes between two copies: it is not waited for.
         ends = [end - self._handover_ns for end in ends]
         chunk = self._chunk or nbytes
         began = time.perf_counter_ns() - (ends[sent - 1] if sent else 0)
-        before: Arrival | None = None
         while sent < len(ends):
             coming = self._device.copy(key, slot, sent * chunk, min(nbytes, (sent + 1) * chunk))
             if self._paced:
                 _arrive(coming)
                 wait_until(began + ends[sent], self._copying.stopped)
             else:
-                _arrive(before)
-                before = coming
+                _arrive(self._before)
+                self._before = coming
             sent += 1
             self._copying.beat()
             if self._paused.is_set() or self._copying.stopped.is_set():
@@ -345,7 +353,6 @@ def _arrive(copy: Arrival | None) -> None:
 def _death(failed: Failed) -> ExecutionError:
     if isinstance(failed.error, ExecutionError):
         return failed.error
-    kind = type(failed.error).__name__
-    return ExecutionError(
-        f"the {failed.lane} thread died while {failed.what}: {kind}: {failed.error}"
-    )
+    # CUDA's errors go on for paragraphs.
+    kind, said = type(failed.error).__name__, str(failed.error).partition("\n")[0]
+    return ExecutionError(f"the {failed.lane} thread died while {failed.what}: {kind}: {said}")

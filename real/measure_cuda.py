@@ -16,7 +16,8 @@ import torch
 
 from moesim.errors import UsageError
 from moesim.profile import Memory, ModelProfile
-from moesim.real.cuda import compute_type, require
+from moesim.real.attention import without_cudnn
+from moesim.real.cuda import Pins, compute_type, free_cached, pinned, require
 from moesim.real.kernels import DenseParts, Inputs, mlp, said_of
 from moesim.real.measure import (
     ALONE,
@@ -57,7 +58,8 @@ class CudaBench:
         self._whole = model
         self._kinds = kinds_of(model)
         self.model = bench_model(model, self._kinds, BANK_BYTES)
-        self._registered: list[torch.Tensor] = []
+        self._pins = Pins()
+        self._with_cudnn = without_cudnn()
         self.reads_context = bool(self.model.kv_bytes_table().any())
         self._turn = 0
         try:
@@ -83,7 +85,7 @@ class CudaBench:
             return self._link(point)
         work = self._work(point)
         with self._beside(point.how):
-            return self._timed(self._compute, work)
+            return self._timed(self._compute, work) / self._times(point)
 
     def overheads(self) -> Mapping[str, float]:
         """Those of the threads, and the way of the routing from the device to the host."""
@@ -125,7 +127,9 @@ class CudaBench:
         return {
             "kind": "cuda",
             "compute_dtype": str(self._type).removeprefix("torch."),
-            "pinned": bool(self._registered),
+            "pinned": self._is_pinned,
+            "why_pageable": self._why_not,
+            "cudnn_attention": False,
             "context": said_of(self._parts.cache),
         }
 
@@ -133,9 +137,11 @@ class CudaBench:
         """Give everything back."""
         with suppress(RuntimeError):
             _CUDA.synchronize()
-        for block in self._registered:
-            _CUDA.cudart().cudaHostUnregister(block.data_ptr())
-        self._registered = []
+        self._with_cudnn()
+        self._pins.close()
+        for name in ("_bank", "_parts", "_landing", "_chosen", "_routing", "_pinned"):
+            self.__dict__.pop(name, None)
+        free_cached()
         self._host_bench.close()
 
     # ---- transfers -------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ class CudaBench:
     def hows(self) -> Mapping[str, tuple[str, ...]]:
         """Pinned memory first, where it may be had."""
         beside = (ALONE, COMPUTING, HOSTING)
-        memory = [PINNED, PAGEABLE] if self._registered else [PAGEABLE]
+        memory = [PINNED, PAGEABLE] if self._is_pinned else [PAGEABLE]
         return {
             LINK: tuple(f"{kind}, {how}" for kind in memory for how in beside),
             DENSE: (ALONE,),
@@ -189,10 +195,18 @@ class CudaBench:
 
     def _work(self, point: Point) -> Callable[[], None]:
         if point.what == EXPERT:
-            return lambda: self._expert(point.kind, point.size)
+            # One after the other, as those that are resident compute: launched side by side.
+            def experts() -> None:
+                for _ in range(self._times(point)):
+                    self._expert(point.kind, point.size)
+
+            return experts
         if point.what == HEAD:
             return lambda: self._parts.head(point.size)
         return lambda: self._parts.dense(point.kind, point.size, rows_of(point), self._turn)
+
+    def _times(self, point: Point) -> int:
+        return self.model.top_k if point.what == EXPERT else 1
 
     def _expert(self, kind: int, tokens: int) -> None:
         """A gated MLP over the bytes of one of the bank's experts."""
@@ -231,9 +245,13 @@ class CudaBench:
         held = buffers * aligned(needs.dense_bytes) + needs.fixed_bytes
         self._held = held + sum(t.nbytes for t in (self._bank, self._landing))
         self._pageable = torch.zeros(2 * largest, dtype=torch.uint8)
-        self._pinned = self._pin(2 * largest)
+        # Exact (torch's own allocator rounds up to powers of two), or pageable where the system
+        # refuses.
+        self._pinned = torch.zeros(2 * largest, dtype=torch.uint8)
+        self._why_not = self._pins.pin(self._pinned)
+        self._is_pinned = not self._why_not
         # Experts and weights, as a router says them of one token.
-        self._routing = self._pin(16 * model.top_k)
+        self._routing = pinned(16 * model.top_k)
         self._chosen = torch.zeros(16 * model.top_k, dtype=torch.uint8, device=_DEVICE)
         # All that was made on the default stream is there for the other two.
         _CUDA.synchronize()
@@ -243,12 +261,3 @@ class CudaBench:
         return torch.empty(count, dtype=self._type, device=_DEVICE).normal_(
             0, 1 / 64, generator=made
         )
-
-    def _pin(self, nbytes: int) -> torch.Tensor:
-        """Exactly so many pinned bytes (torch's own allocator rounds up to powers of two); where
-        the system refuses, pageable ones, and ``manifest`` says so."""
-        block = torch.zeros(nbytes, dtype=torch.uint8)
-        refused = _CUDA.cudart().cudaHostRegister(block.data_ptr(), nbytes, 0)
-        if int(refused) == 0:
-            self._registered.append(block)
-        return block

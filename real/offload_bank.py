@@ -198,6 +198,9 @@ class SlotBank:
         """The model does that."""
         raise NotImplementedError
 
+    def computed(self) -> None:
+        """The model's thread tells."""
+
     def manifest(self) -> dict[str, Any]:
         """What the banks hold."""
         return {

@@ -30,7 +30,7 @@ class Losses:
     Raises
     ------
     UsageError
-        If the file is of another model, text or data type.
+        If the file is of another model, text, data type or device.
     """
 
     def __init__(self, bench: Bench, keep: Path | None, progress: Progress) -> None:
@@ -83,6 +83,7 @@ class Losses:
             "schema": 1,
             "model": loaded.name,
             "dtype": loaded.dtype,
+            "device": bench.handle.device.type,
             "text": bench.text.digest,
             "steady": bench.steady,
         }
@@ -100,9 +101,11 @@ class Losses:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not lines of JSON"
             raise UsageError(f"--runs-file {path}: {reason}; name another file") from None
-        if header != self._header():
+        # Files that do not say were made when there was no other device.
+        if {"device": "cpu", **header} != self._header():
             raise UsageError(
-                f"--runs-file {path}: holds runs of another model, text or dtype; name another file"
+                f"--runs-file {path}: holds runs of another model, text, dtype or device; name "
+                "another file"
             )
         self._known = {line["key"]: float(line["loss_nats"]) for line in lines}
 

@@ -201,18 +201,21 @@ def _told(suite: Suite, piece: Piece, end: float, say: Say) -> dict[str, Any]:
 
 
 def _process(suite: Suite, piece: Piece, left_s: float) -> tuple[int | None, str]:
-    """(exit code, last line of stderr); None where time was up."""
+    """(exit code, the last line that it wrote to its log); None where time was up.
+
+    What a piece prints is its answer, kept if it comes to its end; else it goes to the log.
+    """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, os.environ.get("PYTHONPATH", "")]
     log = suite.out / LOGS / f"{piece.name}.log"
-    printed = piece.printed or log.with_suffix(".out")
-    beside = printed.with_name(f".{printed.name}.tmp-{os.getpid()}")
+    beside = (piece.printed or log).with_name(f".{piece.name}.tmp-{os.getpid()}")
+    before = log.stat().st_size if log.exists() else 0
     try:
         with beside.open("wb") as out, log.open("ab") as err:
             code = _waited(
                 subprocess.Popen(
                     [sys.executable, *piece.words],
-                    stdout=out,
+                    stdout=out if piece.printed else err,
                     stderr=err,
                     stdin=subprocess.DEVNULL,
                     cwd=piece.folder,
@@ -220,9 +223,9 @@ def _process(suite: Suite, piece: Piece, left_s: float) -> tuple[int | None, str
                 ),
                 left_s,
             )
-        if code == 0:
-            beside.replace(printed)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if code == 0 and piece.printed:
+            beside.replace(piece.printed)
+        lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
     finally:
         beside.unlink(missing_ok=True)
     return code, lines[-1] if lines else ""

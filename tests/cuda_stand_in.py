@@ -54,9 +54,10 @@ class Event:
         self.ns = 0
         self.clock: dict[int, int] = {}
 
-    def record(self, stream: Stream) -> None:
-        """Now."""
+    def record(self, stream: Stream | None = None) -> None:
+        """Now, on a stream or the one that work is given to."""
         self.ns = time.perf_counter_ns()
+        stream = StandIn.current() if stream is None else stream
         with _lock:
             self.clock = stream.tick()
 
@@ -64,7 +65,7 @@ class Event:
         """It has happened."""
         StandIn.waits += 1
         if StandIn.broken:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel")
 
     def query(self) -> bool:
         """It has happened."""
@@ -114,10 +115,16 @@ class StandIn:
             cls._here.stream = before
 
     @classmethod
+    def current(cls) -> Stream:
+        """The stream of this thread."""
+        stream: Stream | None = getattr(cls._here, "stream", None)
+        assert stream is not None, "work on no stream"
+        return stream
+
+    @classmethod
     def touch(cls, address: int, writes: bool, what: str) -> None:
         """Work on a slot, on the stream of this thread."""
-        stream = getattr(cls._here, "stream", None)
-        assert stream is not None, f"{what} on no stream"
+        stream = cls.current()
         with _lock:
             now = stream.tick()
             for then, which, wrote in cls.touched.get(address, []):

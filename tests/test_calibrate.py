@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 import tomllib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import quantiles
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -34,7 +31,7 @@ from moesim.profile import (
     TableExpert,
     load_hardware,
 )
-from moesim.real import measure_cuda
+from moesim.real import cuda, measure_cuda
 from moesim.real.calibrate import Calibration, calibrate
 from moesim.real.measure import (
     ALONE,
@@ -66,6 +63,7 @@ from moesim.real.measure_service import (
     serve,
 )
 from moesim.serving import COPY, Report
+from tests.cuda_stand_in import StandIn
 from tests.harness import drive, inputs_of, setup_of, spec_of, works_of
 from tests.strategies import Case, cases, decode_case, machine
 from tests.test_real import SMALL, answer, enlarged, really
@@ -513,62 +511,15 @@ def test_what_ends_early_leaves_the_old_profile(tmp_path: Path, error: BaseExcep
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-class StandIn:
-    """As much of ``torch.cuda`` as the bench asks for; everything happens at once, in RAM."""
-
-    OutOfMemoryError = MemoryError
-    registered: list[int] = []  # noqa: RUF012
-    refuses = 0
-
-    class Event:
-        """A moment."""
-
-        def __init__(self, **more: bool) -> None:
-            self.ns = 0
-
-        def record(self) -> None:
-            """Now."""
-            self.ns = time.perf_counter_ns()
-
-        def synchronize(self) -> None:
-            """It has happened."""
-
-        def elapsed_time(self, end: StandIn.Event) -> float:
-            """ms."""
-            return (end.ns - self.ns) / 1e6
-
-    Stream = object
-    stream = staticmethod(lambda stream: nullcontext())
-    synchronize = staticmethod(lambda: None)
-    is_available = staticmethod(lambda: True)
-    mem_get_info = staticmethod(lambda: (10**9, 10**10))
-    get_device_properties = staticmethod(lambda index: SimpleNamespace(name="none"))
-
-    @classmethod
-    def cudart(cls) -> type[StandIn]:
-        """The runtime."""
-        return cls
-
-    @classmethod
-    def cudaHostRegister(cls, at: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        """Pin."""
-        if not cls.refuses:
-            cls.registered.append(at)
-        return cls.refuses
-
-    @classmethod
-    def cudaHostUnregister(cls, at: int) -> None:  # noqa: N802
-        """Undo."""
-        cls.registered.remove(at)
-
-
 @pytest.mark.parametrize("refuses", [0, 1])
 def test_the_cuda_bench_on_a_stand_in(
     refuses: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own steps without a device: every kind of reading, and what pinning refused means."""
-    monkeypatch.setattr(measure_cuda, "_CUDA", StandIn)
-    monkeypatch.setattr(measure_cuda, "_DEVICE", "cpu")
+    StandIn.reset()
+    for module in (cuda, measure_cuda):
+        monkeypatch.setattr(module, "_CUDA", StandIn)
+        monkeypatch.setattr(module, "_DEVICE", "cpu")
     monkeypatch.setattr(measure_cuda, "BANK_BYTES", 1 << 16)
     monkeypatch.setattr(StandIn, "refuses", refuses)
     model = replace(
@@ -584,7 +535,25 @@ def test_the_cuda_bench_on_a_stand_in(
     assert all(row["median"] > 0 for row in told["readings"])
     memory = load_hardware(out).memory
     assert memory.device_bytes == 10**10 and 0 < memory.reserved_bytes < 9 * 10**9
-    assert not StandIn.registered
+    assert not StandIn.registered and StandIn.emptied == 1
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_small_things_do_not_say_whether_the_bank_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One region is registered, the large one; its refusal alone is told."""
+    StandIn.reset()
+    for module in (cuda, measure_cuda):
+        monkeypatch.setattr(module, "_CUDA", StandIn)
+        monkeypatch.setattr(module, "_DEVICE", "cpu")
+    monkeypatch.setattr(measure_cuda, "BANK_BYTES", 1 << 16)
+    bench = measure_cuda.CudaBench(replace(MODEL, hidden=32), threads=1)
+    try:
+        assert StandIn.registered == [bench._pinned.data_ptr()]
+        assert bench.manifest()["pinned"] and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        bench.close()
 
 
 # ---- hardware ------------------------------------------------------------------------------------

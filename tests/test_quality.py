@@ -318,9 +318,14 @@ def test_a_file_of_other_runs_is_refused(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     Losses(bench, file, lambda done, total: None)
     header = json.loads(file.read_text())
-    file.write_text(json.dumps({**header, "dtype": "bf16"}) + "\n")
-    with pytest.raises(UsageError, match="holds runs of another model, text or dtype"):
-        Losses(bench, file, lambda done, total: None)
+    for other in ({"dtype": "bf16"}, {"device": "cuda"}):
+        file.write_text(json.dumps({**header, **other}) + "\n")
+        with pytest.raises(UsageError, match="of another model, text, dtype or device"):
+            Losses(bench, file, lambda done, total: None)
+    # Before files said so, there was no other.
+    assert header.pop("device") == "cpu"
+    file.write_text(json.dumps(header) + "\n")
+    Losses(bench, file, lambda done, total: None)
     file.write_text("no JSON\n")
     with pytest.raises(UsageError, match="not lines of JSON; name another file"):
         Losses(bench, file, lambda done, total: None)

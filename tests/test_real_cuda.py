@@ -5,9 +5,11 @@ What no stand-in can show (times, real copies beside real kernels) is in ``test_
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 
 from moesim.cli import main
 from moesim.errors import NotRunError, UsageError
+from moesim.profile import ModelProfile
 from moesim.real import banks, cuda
 from moesim.real.cuda import Claim, Cuda, Meter, Pins
 from moesim.real.errors import ExecutionError
@@ -97,6 +100,23 @@ def on_streams(case: Case, name: str, *, verify: bool = True) -> Tally:
     return tally
 
 
+def opened(model: ModelProfile, positions: int = 4, **more: Any) -> Cuda:
+    """A device with two slots."""
+    size = int(model.expert_bytes_table().max())
+    needs = Needs.of(model, {size: 2}, 1, positions)
+    bank = HostBank(needs.expert_bytes, needs.experts, torch.bfloat16, 0)
+    ledger: Any = SimpleNamespace(slots={size: 2})
+    whole = Fit(needs.experts, needs.layers)
+    return Cuda(model, ledger, needs, whole, bank, threads=1, **more)
+
+
+def small_model() -> ModelProfile:
+    """One layer of two experts."""
+    from tests.strategies import decode_case
+
+    return enlarged(decode_case([[[0]]], 2, 1, machine())).model
+
+
 few = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -141,9 +161,128 @@ def test_a_chunk_is_given_while_the_one_before_moves() -> None:
     case = enlarged(decode_case([[[0]]], 2, 1, machine(chunk_bytes=1)))
     case = Case(**{**_fields(case), "hardware": machine(chunk_bytes=16)})
     on_streams(case, "lru", verify=False)
-    gates = 2 + 2  # twice to warm up, a layer, the head
+    gates = 3 * 2 + 2  # layer and head, to warm up and once
     chunks = 96 // 16
     assert StandIn.waits == gates + chunks - 1
+
+
+@pytest.mark.parametrize("misses", [2, 7])
+def test_copies_of_one_chunk_do_not_queue_up(misses: int) -> None:
+    """Each is reported when the one before has come: what is more urgent overtakes the rest."""
+    from tests.strategies import decode_case
+
+    case = enlarged(decode_case([[list(range(misses))]], 8, 8, machine()))
+    on_streams(roomy(case), "lru", verify=False)
+    gates = 3 * 2 + 2
+    assert StandIn.waits == gates + misses - 1
+
+
+def test_kernels_are_warm_for_each_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token and a prompt, with what they read; the run's times begin afterwards."""
+    from tests.strategies import decode_case
+
+    case = enlarged(decode_case([[[0], [1]]], 2, 1, machine()))
+    model = replace(case.model, layers=2, expert_bytes=((96, 96),), dense_bytes=(640, 1280),
+                    stacks=(("decoder", 2),))  # fmt: skip
+    seen: list[tuple[int, int, int]] = []
+    made = cuda.DenseParts.dense
+
+    def dense(self: Any, layer: int, tokens: int, rows: Any) -> None:
+        seen.extend((layer, tokens, row.context) for row in rows)
+        made(self, layer, tokens, rows)
+
+    monkeypatch.setattr(cuda.DenseParts, "dense", dense)
+    monkeypatch.setattr(cuda, "_PROMPT", 3)
+    device = opened(model, positions=5)
+    device.start_computing()
+    assert set(seen) == {(i, t, c) for i in (0, 1) for t, c in ((3, 3), (1, 3), (1, 1))}
+    assert not device.computed()
+    device.close()
+
+
+# ---- its own clock -------------------------------------------------------------------------------
+
+
+MS = 1_000_000
+
+
+class Late:
+    """A device that works after the calls are back: copies of 4 ms one after the other, experts of
+    2 ms behind their copy, dense parts of 1 ms, which the host waits for."""
+
+    def __init__(self) -> None:
+        self.copied = 0
+        self.ended = 0
+        self.arrival: dict[int, int] = {}
+        self.spans: list[tuple[int, int]] = []
+
+    def copy(self, key: int, slot: int, begin: int, end: int) -> None:
+        self.copied = max(self.copied, time.perf_counter_ns()) + 4 * MS
+        self.arrival[key] = self.copied
+
+    def start_computing(self) -> None:
+        pass
+
+    def dense(self, layer: int, tokens: int, rows: Any) -> None:
+        self._work(0, 1)
+        while (left := self.ended - time.perf_counter_ns()) > 0:
+            time.sleep(left / 1e9)
+
+    def expert(self, key: int, slot: int, tokens: int) -> None:
+        self._work(self.arrival[key], 2)
+
+    def computed(self) -> list[tuple[int, int]]:
+        spans, self.spans = self.spans, []
+        return spans
+
+    def _work(self, after: int, ms: int) -> None:
+        begin = max(after, self.ended, time.perf_counter_ns())
+        self.ended = begin + ms * MS
+        self.spans.append((begin, self.ended))
+
+
+def test_a_device_that_works_later_tells_where_the_time_went() -> None:
+    """Three misses, then three hits: the reports alone would call it all dense."""
+    from tests.strategies import decode_case
+
+    tokens = [[[0, 1, 2]], [[0, 1, 2]], [[0, 1, 3]]]
+    case = roomy(enlarged(decode_case(tokens, 4, 4, machine())))
+    policy = spec_of("lru").build()
+    setup = serving(setup_of(case, policy, "cold"))
+    ledger = SlotLedger(setup.world, 0)
+    device: Any = Late()
+    with Lanes(device, ledger, setup.costs, watchdog_s=20) as lanes:
+        server = Server(setup, lanes, ledger, timeline=True)
+        for work in works_of(case, inputs_of(policy), arrivals=False):
+            server.offer(work)
+            server.advance()
+        server.close()
+        assert server.advance()
+    tally = server.tally
+    times = tally.times
+    heads = 3
+    assert times.experts == 9 * 2 * MS and times.dense == (3 + heads) * MS
+    # Copies of 4 ms and experts of 2: waited for are the first wholly, two of each other copy.
+    assert times.stall == sum(tally.layer_stall_ns) == tally.requests[0].stall_ns
+    assert times.stall >= (4 + 2 + 2) * MS
+    assert server.spans is not None
+    lengths = [end - start for lane, start, end, _ in server.spans if lane == "expert"]
+    assert lengths == 9 * [2 * MS]
+    assert sum(e - s for lane, s, e, _ in server.spans if lane == "stall") == times.stall
+
+
+def test_a_stopwatch_reads_what_the_host_has_waited_for() -> None:
+    watch, stream = cuda.Stopwatch(), Stream()
+    moments = [100, 150, 170, 300, 400, 450]
+    ends = []
+    for begin, end in zip(moments[::2], moments[1::2], strict=True):
+        begun = watch.start(stream)
+        ends.append(watch.stop(begun, stream))
+        begun.ns, ends[-1].ns = begin * MS, end * MS
+    watch.passed(ends[1], 5_000 * MS)
+    assert watch.told() == [(4_800 * MS, 4_850 * MS), (4_870 * MS, 5_000 * MS),
+                            (5_100 * MS, 5_150 * MS)]  # fmt: skip
+    assert not watch.told()
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -208,6 +347,34 @@ def test_memory_that_runs_out_on_the_way_is_one_line(
     assert not list(tmp_path.iterdir()) and StandIn.emptied == 1
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_stops_a_device_that_opens_leaves_nothing(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> Any:
+        raise error
+
+    closed: list[int] = []
+    monkeypatch.setattr(cuda.DenseParts, "random", stopped)
+    with pytest.raises(error):
+        opened(small_model(), closing=lambda: closed.append(1))
+    assert closed == [1] and StandIn.emptied == 1
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_an_idle_device_gives_back_what_libraries_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS's workspaces first, or the cache would hold on to them; cuDNN's attention is off as
+    long as a device is open."""
+    before: list[int] = []
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: before.append(StandIn.emptied), raising=False)
+    device = opened(small_model())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    device.close()
+    assert before == [0] and StandIn.emptied == 1
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_device_that_is_full_is_refused_by_name(tmp_path: Path, nothing_is_pinned: None) -> None:
     StandIn.free = 1000
     with pytest.raises(UsageError, match="of the device's memory are free; give --capacity"):
@@ -245,14 +412,18 @@ def test_a_copy_that_fails_is_named(tmp_path: Path, nothing_is_pinned: None) -> 
         device.start_computing = started  # type: ignore[method-assign]
         return device
 
-    with pytest.raises(ExecutionError, match=r"thread died while .+: RuntimeError: CUDA error: an"):
+    with pytest.raises(ExecutionError) as told:
         execute(cuda_request(tmp_path), open_device=open_broken)
+    assert re.search(r"thread died while .+: RuntimeError: CUDA error: an illegal", str(told.value))
+    assert "\n" not in str(told.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_device_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog's line comes; nothing is freed under work that goes on."""
     monkeypatch.setattr(cuda, "_LEAVE_S", 0.05)
+    left: list[Any] = []
+    monkeypatch.setattr(cuda, "_ABANDONED", left)
     # It would be held to the end of the process.
     monkeypatch.setattr(banks, "Claim", SimpleNamespace)
 
@@ -270,6 +441,11 @@ def test_a_device_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ExecutionError, match="the compute thread has not come forward"):
         execute(cuda_request(tmp_path, watchdog_s=0.5), open_device=open_hung)
     assert StandIn.emptied == 0 and not list(tmp_path.iterdir())
+    assert StandIn.registered
+    # Whatever it may still read is held on to: slots, experts, streams.
+    (kept, bank), *_ = left
+    assert isinstance(kept, Cuda) and kept._slots and kept._parts and kept._bank is bank
+    assert all(region.data_ptr() in StandIn.registered for region in bank.regions)
     StandIn.registered.clear()
     time.sleep(1)
 

@@ -53,7 +53,7 @@ def test_what_is_done_is_not_done_again_and_a_failure_stays_alone(
     told = suite.run(Suite(tmp_path / "out"), said.append)
     assert states(told) == ["done", "failed", "done"] and not told["done"]
     assert told["pieces"][1]["said"] == "the bus is gone" in said[2]
-    assert (tmp_path / "out" / "logs" / "piece-2.out").read_text() == "all well\n"
+    assert (tmp_path / "out" / "logs" / "piece-2.log").read_text() == "all well\n"
     assert counted.read_text() == "xx"
     pieces[1] = replace(pieces[1], words=("-c", count))
     again = suite.run(Suite(tmp_path / "out"), said.append)
@@ -67,7 +67,25 @@ def test_another_question_is_another_piece(tmp_path: Path, pieces: list[Piece]) 
     suite.run(Suite(tmp_path), QUIET)
     pieces[:] = scripts("print(2)")
     suite.run(Suite(tmp_path), QUIET)
-    assert (tmp_path / "logs" / "piece-0.out").read_text() == "2\n"
+    assert (tmp_path / "logs" / "piece-0.log").read_text() == "1\n2\n"
+
+
+def test_what_a_piece_printed_before_it_failed_is_kept(tmp_path: Path, pieces: list[Piece]) -> None:
+    """The hardware tests tell their failures on stdout. An answer that is not whole is none; what
+    was said last is of this time, not of the time before."""
+    pieces += scripts("print('F test_a'); print('1 failed'); raise SystemExit(1)")
+    told = suite.run(Suite(tmp_path), QUIET)["pieces"][0]
+    assert (told["state"], told["said"]) == ("failed", "1 failed")
+    assert (tmp_path / "logs" / "piece-0.log").read_text() == "F test_a\n1 failed\n"
+    pieces[:] = scripts("raise SystemExit(3)")
+    assert suite.run(Suite(tmp_path), QUIET)["pieces"][0]["said"] == ""
+    answer = tmp_path / "answer.json"
+    pieces[:] = [Piece("asked", ("-c", "print('{'); raise SystemExit(1)"), printed=answer)]
+    suite.run(Suite(tmp_path), QUIET)
+    assert not answer.exists()
+    pieces[:] = [Piece("asked", ("-c", "print('{}')"), printed=answer)]
+    suite.run(Suite(tmp_path), QUIET)
+    assert answer.read_text() == "{}\n" and not (tmp_path / "logs" / "asked.log").read_text()
 
 
 def test_time_that_is_up_ends_a_piece_as_ctrl_c_does(tmp_path: Path, pieces: list[Piece]) -> None:
@@ -87,7 +105,6 @@ except KeyboardInterrupt:
     found = suite.run(Suite(tmp_path / "out", minutes=3 / 60), QUIET)
     assert states(found) == ["time is up", "time is up"]
     assert told.read_text() == "put away"
-    assert not (tmp_path / "out" / "logs" / "piece-0.out").exists()
     assert not (tmp_path / "out" / "pieces" / "piece-1.json").exists()
     # There is time again.
     pieces[0] = scripts("print('now')")[0]

@@ -91,6 +91,7 @@ class Case:
             "capacity_bytes": self.capacity,
             "scope": "global",
             "oracle": False,
+            "sizes_equal": True,
             "accesses": 100,
             "hits": self.hits,
             "late_hits": self.late,
@@ -343,6 +344,20 @@ def _two(root: Path, sim: dict[str, Any], real: dict[str, Any], case: Case = REA
     return [SIM.write(root / "s", **sim), REAL.write(root / "r"), case.write(root / "r", **real)]
 
 
+def _two_allocators(root: Path) -> list[Path]:
+    """Experts of two sizes: bytes and slots have room for different ones."""
+    made = _two(root, {"allocator": "bytes"}, {"allocator": "slots"})
+    for folder in (made[0], made[2]):
+        summary = folder / "summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "sizes_equal": False}))
+    return [made[0], made[2]]
+
+
+def test_the_allocator_is_nothing_where_sizes_are_equal(tmp_path: Path) -> None:
+    sim, _, real = _two(tmp_path, {"allocator": "bytes"}, {"allocator": "slots"})
+    assert main(["validate", str(sim), str(real)]) == 0
+
+
 def _other_link() -> dict[str, Any]:
     hardware = json.loads(canonical(SIM._manifest([])["hardware"]))
     hardware["link"]["bytes_per_s"] = 8e9
@@ -365,6 +380,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     "paced": (lambda r: _two(r, {}, {"paced": False}), "another use of --bandwidth"),
     "settings": (lambda r: _two(r, {"set": ["keep.x=1"]}, {}), "settings (as it is)"),
     "limit": (lambda r: _two(r, {"limit": 9}, {}), "limit 2, and simulated with 9"),
+    "allocator": (_two_allocators, 'allocator "slots", and simulated with "bytes"'),
     "twice": (_twice, "both simulate lru at 64 bytes"),
     "lone": (_lone, "not measured: fifo at 64 bytes; not simulated: lfu at 64 bytes"),
 }
