@@ -17,7 +17,7 @@ from moesim.traces.reader import RequestRows
 from moesim.traces.schema import TraceMeta
 from moesim.types import DROPPED, AnyArray, Needs
 
-CHOICES = ("gate=topk", "embedding=none", "norms=unit", "ahead=recall:R@SEED")
+CHOICES = ("gate=topk", "embedding=none", "norms=unit", "prefill=decode", "ahead=recall:R@SEED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Allowed:
     gate_from_topk: bool = False
     no_embedding: bool = False
     unit_norms: bool = False
+    prefill_from_decode: bool = False
+    """Tokens of a prompt that was not recorded take the routing of the decoded ones."""
     recall: Recall | None = None
 
     def names(self) -> list[str]:
@@ -45,6 +47,7 @@ class Allowed:
                 ("gate=topk", self.gate_from_topk),
                 ("embedding=none", self.no_embedding),
                 ("norms=unit", self.unit_norms),
+                ("prefill=decode", self.prefill_from_decode),
             )
             if on
         ]
@@ -70,11 +73,17 @@ def parse_allowed(texts: Sequence[str]) -> Allowed:
         match = re.fullmatch(r"ahead=recall:([0-9.]+)(?:@([0-9]+))?", text)
         if match:
             recall = Recall(_rate(match[1], text), _seed(match[2] or "0", text))
-        elif text in CHOICES[:3]:
+        elif text in CHOICES[:-1]:
             flags.add(text)
         else:
             raise UsageError(f"--allow {text}: unknown; choose from {', '.join(CHOICES)}")
-    return Allowed("gate=topk" in flags, "embedding=none" in flags, "norms=unit" in flags, recall)
+    return Allowed(
+        gate_from_topk="gate=topk" in flags,
+        no_embedding="embedding=none" in flags,
+        unit_norms="norms=unit" in flags,
+        prefill_from_decode="prefill=decode" in flags,
+        recall=recall,
+    )
 
 
 def _seed(text: str, whole: str) -> int:

@@ -31,6 +31,11 @@ from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, request_times, source_digest
+from moesim.serve.arrivals import BACK_TO_BACK, LOG, RECORDED, digest_of_log, parse_arrivals
+from moesim.serve.continuous import ContinuousBatch
+from moesim.serve.options import DECODE_FIRST, STATIC, Serving
+from moesim.serve.report import report
+from moesim.serve.stream import Bank, Plan, Recorded, is_plain, plan_of, queue_of
 from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
 from moesim.summary import summarise
 from moesim.tally import Tally
@@ -68,6 +73,8 @@ class Request:
     batch: int = 1
     chunk_tokens: int = 0
     arrivals: str = "back-to-back"
+    """As typed; ``moesim.serve.arrivals`` reads it."""
+    serving: Serving = field(default_factory=Serving)
     initial: str = ""
     initial_experts: tuple[ExpertId, ...] = ()
     calibration: Path | None = None
@@ -99,6 +106,7 @@ class Fed(Protocol):
 class Engine(Fed, Protocol):
     """What a replay drives; both engines give the same answers."""
 
+    setup: Setup
     tally: Tally
     spans: list[tuple[str, int, int, int]] | None
 
@@ -106,6 +114,8 @@ class Engine(Fed, Protocol):
     def policy(self) -> Policy:
         """The policy that it runs."""
 
+
+FACTS_ONLY = replace(Columns.experts_only(), facts=True)
 
 Progress = Callable[[int, int], None]
 """Called with (requests replayed, requests in all)."""
@@ -190,6 +200,8 @@ class _Replay:
         self.model = shaped(request.costs or self.meta.model, self.meta)
         self.costs = make_costs(self.model, request.hardware)
         self.store = RunStore(request.out) if request.out else None
+        self.arrivals = parse_arrivals(request.arrivals)
+        self._streams: dict[tuple[Inputs, ...], list[Bank]] = {}
         self._future: KnownFuture | None = None
         self._calibration: IntArray | None = None
         self._in_hindsight = False
@@ -269,7 +281,7 @@ class _Replay:
 
     def _rungs(self) -> list[_Run]:
         """The runs that the oracle ladder compares with."""
-        if self.request.arrivals != "back-to-back":
+        if self._is_timed:
             raise UsageError("--ladder: its rungs see the future; leave out --arrivals")
         runs = [
             self._rung(name, resolve([name])[0], capacity)
@@ -330,15 +342,43 @@ class _Replay:
             policy=policy,
             world=world,
             costs=self.costs,
-            scheduler=self._scheduler(),
+            scheduler=self._scheduler(capacity),
             options=self.request.options,
             initial=initial,
             initial_charged=charged,
             kv_bytes_per_token=int(self.model.kv_bytes_table().sum()),
         )
 
-    def _scheduler(self) -> Scheduler:
-        return StaticBatch(self.request.batch, self.request.chunk_tokens)
+    def _scheduler(self, capacity: Capacity | None = None) -> Scheduler:
+        """Without a capacity: as if there were room for every KV cache."""
+        request, serving = self.request, self.request.serving
+        queue, until_ns = queue_of(self.arrivals, serving), serving.until_ns
+        if serving.scheduler == STATIC:
+            return StaticBatch(request.batch, request.chunk_tokens, queue, until_ns)
+        return ContinuousBatch(
+            request.batch,
+            serving.token_budget,
+            request.chunk_tokens,
+            decode_first=serving.scheduler == DECODE_FIRST,
+            kv_tokens=-1 if capacity is None else self._kv_tokens(capacity),
+            queue=queue,
+            until_ns=until_ns,
+        )
+
+    def _kv_tokens(self, capacity: Capacity) -> int:
+        """Tokens of KV cache that leave each cache room for the experts of one token; -1: the KV
+        cache lies apart."""
+        per_token = int(self.model.kv_bytes_table().sum())
+        if not self.request.options.share_kv or not per_token:
+            return -1
+        caches: Sequence[int] = capacity.capacity_bytes
+        sizes: list[int] = self.model.expert_bytes_table().tolist()
+        room: list[int] = []
+        for cache, whole in enumerate(caches):
+            largest = sizes[cache] if len(caches) > 1 else max(sizes)
+            least = largest * self.meta.top_k if largest * self.meta.top_k < whole else largest
+            room.append(((whole - least + 1) * len(caches) - 1) // per_token)
+        return max(0, min(room))
 
     def _initial(
         self, spec: PolicySpec, policy: Policy, world: World
@@ -368,7 +408,7 @@ class _Replay:
         if missing:
             name, mend = missing[0]
             raise NotRunError(f"not run: {spec.name} needs {name}, which this trace lacks{mend}")
-        if Needs.FUTURE in needs and self.request.arrivals != "back-to-back":
+        if Needs.FUTURE in needs and self._is_timed:
             raise NotRunError(
                 f"not run: {spec.name} sees the future, which arrivals make depend on the clock; "
                 "leave out --arrivals"
@@ -376,11 +416,57 @@ class _Replay:
 
     # ---- the passes ------------------------------------------------------------------------------
 
+    @property
+    def _is_timed(self) -> bool:
+        """Whether what is served when depends on the clock."""
+        serving = self.request.serving
+        return self.arrivals.kind != BACK_TO_BACK or bool(serving.until_ns or serving.turns)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The stream of requests, where they are not served as they stand."""
+        with TraceReader(self.request.trace, FACTS_ONLY, self.request.batch_rows) as reader:
+            rows = islice(requests_of(reader, self.request.share), self.request.limit)
+            recorded = [Recorded.of(place, one) for place, one in enumerate(rows)]
+        allowed = self.request.allowed.prefill_from_decode
+        try:
+            return plan_of(
+                self.arrivals,
+                self.request.serving,
+                recorded,
+                self.request.seed,
+                prefill_from_decode=allowed,
+            )
+        except TraceError as error:
+            raise TraceError(f"{self.request.trace}: {error}") from None
+
+    def _banks(self, inputs: Sequence[Inputs]) -> list[Bank]:
+        """The recordings of the stream, prepared once for each kind of input."""
+        kinds = tuple(inputs)
+        if kinds not in self._streams:
+            used = self.plan.used
+            held: list[list[tuple[int, Work]]] = [[] for _ in kinds]
+            for place, works in enumerate(self._recorded(kinds)):
+                for own, work in zip(held, works if place in used else (), strict=False):
+                    own.append((place, work))
+            self._streams[kinds] = [Bank() for _ in kinds]
+            for bank, own in zip(self._streams[kinds], held, strict=True):
+                bank.fill(own)
+        return self._streams[kinds]
+
     def _works(self, inputs: Sequence[Inputs]) -> Iterator[list[Work]]:
+        """Each request of the stream, prepared once for each kind of input."""
+        if is_plain(self.arrivals, self.request.serving):
+            yield from self._recorded(inputs)
+            return
+        streams = [bank.serve(self.plan) for bank in self._banks(inputs)]
+        yield from (list(works) for works in zip(*streams, strict=True))
+
+    def _recorded(self, inputs: Sequence[Inputs]) -> Iterator[list[Work]]:
         """Each request of the trace, prepared once for each kind of input."""
         # Weights are read where they are, if only so that damaged ones are refused.
         columns = replace(_join([i.columns() for i in inputs]), weights=True)
-        recorded, share = self.request.arrivals == "recorded", self.request.share
+        recorded, share = self.arrivals.kind == RECORDED, self.request.share
         with TraceReader(self.request.trace, columns, self.request.batch_rows) as reader:
             for index, rows in enumerate(islice(requests_of(reader, share), self.request.limit)):
                 check_request(rows, self.meta, self.request.trace)
@@ -398,9 +484,11 @@ class _Replay:
         """One pass: every engine is fed each request, and runs until it needs the next. Runs that
         a policy gave up on the way, and why."""
         kinds = list(dict.fromkeys(run.inputs for run in runs))
-        total = min(self.meta.requests, self.request.limit or self.meta.requests)
         if not runs:
             return []
+        total = min(self.meta.requests, self.request.limit or self.meta.requests)
+        if not is_plain(self.arrivals, self.request.serving):
+            total = len(self.plan.requests)
         drivers = self._drivers(runs)
         for count, works in enumerate(self._works(kinds)):
             for driver in drivers:
@@ -422,7 +510,7 @@ class _Replay:
         for number, run in enumerate(runs):
             engine = _made(run)
             assert isinstance(engine, FastEngine)
-            shared = None if self.request.arrivals == "recorded" else engine.shared_with
+            shared = None if self._is_timed else engine.shared_with
             groups.setdefault((run.inputs, shared or number), []).append((run, engine))
         return [
             _Driver([run for run, _ in group], Feed([engine for _, engine in group]))
@@ -431,8 +519,14 @@ class _Replay:
 
     def _steps(self) -> Iterator[Step]:
         # How often an expert is used is asked for with arrivals too; then as if all were there.
-        works = (replace(w[0], arrival_ns=None) for w in self._works([Inputs()]))
-        return timeless_steps(works, self._scheduler())
+        works = (
+            replace(w[0], arrival_ns=None, follows=-1, followed=False)
+            for w in self._works([Inputs()])
+        )
+        batch, chunk_tokens = self.request.batch, self.request.chunk_tokens
+        return timeless_steps(
+            works, self._scheduler() if not self._is_timed else StaticBatch(batch, chunk_tokens)
+        )
 
     def future(self) -> KnownFuture:
         """The demand of the whole run, from a pass without a clock."""
@@ -490,7 +584,7 @@ class _Replay:
 
     def _before(self) -> _Replay | None:
         """The replay of the past: another trace, or the train part of this one."""
-        request = replace(self.request, limit=None, arrivals="back-to-back")
+        request = replace(self.request, limit=None, arrivals="back-to-back", serving=Serving())
         path = self.request.calibration
         if path is None:
             share = request.share
@@ -519,15 +613,39 @@ class _Replay:
                 "mode": "flat" if self.request.options.flat else "group",
                 "oracle": self._is_bound(run),
                 "lossy": run.engine.policy.lossy,
-                "allowed": rested_on(run.inputs.needs, self.request.allowed, self.meta),
+                "allowed": self._rested_on(run.inputs.needs),
                 "sizes_equal": bool(len(set(self.model.expert_bytes_table().tolist())) == 1),
                 "initial": run.manifest["initial"],
-                **summarise(run.engine.tally),
+                **summarise(run.engine.tally, self.request.serving.warm),
+                "serving": self._serving(run),
             }
             self._store(run, wall_s)
         folder = self.store.path(run.run_id) if self.store is not None else None
         run.tpot_ns = _tpot_ns(run, folder)
         return {**run.summary, "run_dir": str(folder) if folder else None}
+
+    def _serving(self, run: _Run) -> dict[str, Any] | None:
+        """How well requests that arrive were served."""
+        if not self._is_timed:
+            return None
+        assert run.engine is not None
+        serving = self.request.serving
+        plan = None if is_plain(self.arrivals, serving) else self.plan
+        queue = run.engine.setup.scheduler.queue
+        offered = None if plan is None else plan.offered_rate
+        return {
+            "arrivals": self.request.arrivals,
+            "scheduler": serving.scheduler,
+            **report(run.engine.tally, queue, serving.slo, serving.warm, offered),
+            "skipped": 0 if plan is None else plan.skipped,
+            "matching": None if plan is None else plan.matching,
+        }
+
+    def _rested_on(self, needs: Needs) -> list[str]:
+        """The stand-ins that a run rests on."""
+        allowed, stands_in = self.request.allowed, self.arrivals.kind == LOG
+        stands_in = stands_in and allowed.prefill_from_decode and "prefill" not in self.meta.phases
+        return [*rested_on(needs, allowed, self.meta), *["prefill=decode"][: int(stands_in)]]
 
     def _store(self, run: _Run, wall_s: float) -> None:
         if self.store is None:
@@ -609,6 +727,8 @@ class _Replay:
             "batch": request.batch,
             "chunk_tokens": request.chunk_tokens,
             "arrivals": request.arrivals,
+            "arrivals_log": digest_of_log(self.arrivals),
+            "serving": request.serving.manifest(),
             "limit": request.limit,
             "seed": request.seed,
             "allowed": request.allowed.names(),
@@ -697,5 +817,8 @@ def _tpot_ns(run: _Run, folder: Path | None) -> AnyArray:
 
 def _request_row(times: Any) -> dict[str, Any]:
     names = ("request", "arrival_ns", "begin_ns", "first_token_ns", "end_ns", "ttft_ns", "tpot_ns")
-    more = ("prompt_tokens", "output_tokens", "stall_ns", "misses")
-    return {name: getattr(times, name) for name in (*names, *more)}
+    more = ("queue_ns", "end_to_end_ns", "prompt_tokens", "output_tokens", "stall_ns", "misses")
+    row = {name: getattr(times, name) for name in (*names, *more)}
+    # The run may end before a request does.
+    late = [name for name in ("first_token_ns", "end_ns") if row[name] < 0]
+    return {**row, **dict.fromkeys([*late, "ttft_ns"] if row["first_token_ns"] < 0 else late)}

@@ -44,7 +44,7 @@ def source_digest() -> str:
     root = Path(moesim.__file__).parent
     files = [
         path
-        for part in ("", "engine", "policies", "traces")
+        for part in ("", "engine", "policies", "serve", "traces")
         for path in sorted((root / part).glob("*.py"))
     ]
     total = hashlib.sha256()
@@ -186,6 +186,8 @@ def _write_requests(path: Path, requests: Sequence[Mapping[str, Any]]) -> None:
             ("end_ns", pa.int64()),
             ("ttft_ns", pa.int64()),
             ("tpot_ns", pa.float64()),
+            ("queue_ns", pa.int64()),
+            ("end_to_end_ns", pa.int64()),
             ("prompt_tokens", pa.int64()),
             ("output_tokens", pa.int64()),
             ("stall_ns", pa.int64()),

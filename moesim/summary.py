@@ -6,14 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 from moesim.result import percentiles
+from moesim.serve.report import counted
 from moesim.tally import FATES, Counts, Quality, Tally
 from moesim.types import Phase
 
 
-def summarise(tally: Tally) -> dict[str, Any]:
-    """The summary of one run, plain JSON values; times in ns."""
+def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
+    """The summary of one run, plain JSON values; times in ns. TTFT and TPOT are without the first
+    ``warm`` requests."""
     total, times = tally.counts(), tally.times
     time_ns = times.total()
+    requests = counted(tally, warm)
     tokens = sum(r.output_tokens for r in tally.requests)
     return {
         **_counts(total),
@@ -26,8 +29,8 @@ def summarise(tally: Tally) -> dict[str, Any]:
         "stall_ns": times.stall,
         "times_ns": asdict(times),
         "layer_stall_ns": list(tally.layer_stall_ns),
-        "ttft_ns": percentiles([r.ttft_ns for r in tally.requests if r.first_token_ns >= 0]),
-        "tpot_ns": percentiles([t for r in tally.requests if (t := r.tpot_ns) is not None]),
+        "ttft_ns": percentiles([r.ttft_ns for r in requests if r.first_token_ns >= 0]),
+        "tpot_ns": percentiles([t for r in requests if (t := r.tpot_ns) is not None]),
         "after_first_request": _after_first(tally),
         "tokens_per_s": _ratio(tokens * 10**9, time_ns),
         "output_tokens": tokens,

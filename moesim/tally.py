@@ -111,9 +111,19 @@ class RequestTimes:
         return self.first_token_ns - self.arrival_ns
 
     @property
+    def queue_ns(self) -> int:
+        """Arrival to the begin of its first step."""
+        return self.begin_ns - self.arrival_ns
+
+    @property
+    def end_to_end_ns(self) -> int | None:
+        """Arrival to last token; None where the run ended first."""
+        return None if self.end_ns < 0 else self.end_ns - self.arrival_ns
+
+    @property
     def tpot_ns(self) -> float | None:
-        """Mean time per output token after the first; None with a single one."""
-        if self.output_tokens < 2:
+        """Mean time per output token after the first; None with a single one, and unfinished."""
+        if self.output_tokens < 2 or self.end_ns < 0:
             return None
         return (self.end_ns - self.first_token_ns) / (self.output_tokens - 1)
 

@@ -7,10 +7,11 @@ future that oracles may see.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,15 +61,37 @@ class Inputs:
 # ---- one request ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How long a request is served, whatever the length of the recording that it replays.
+
+    A prompt longer than the recorded one repeats its rows from the first, a shorter one is its
+    head; so are decoded passes. Positions go on.
+
+    prompt_tokens : of its prefill; 0: it has none.
+    passes : forward passes, the prefill among them.
+    before : tokens that its KV cache holds already.
+    """
+
+    prompt_tokens: int
+    passes: int
+    before: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class Work:
     """A request prepared for service: rows cut into (iteration, layer) blocks, inputs quantised.
 
-    index : place of the request in the trace, from 0.
+    index : place of the request in the trace (or in the log of arrivals), from 0.
     blocks : row where each block begins, then the number of rows; ``bounds``: as int64.
     block_layers : layer of each block; ``layers``: as int64.
     passes : first block of each iteration, then the number of blocks.
     pass_tokens : most tokens that a layer of each iteration sees.
+    lead : 1 if the recording begins with a prefill, else 0.
+    shape : how long it is served; None: as recorded.
+    base : its first row in the bank that holds all rows of the run, or -1.
+    follows, followed : the request (by ``index``) whose end it waits for, or -1; whether another
+    waits for its own.
     """
 
     index: int
@@ -85,30 +108,97 @@ class Work:
     ahead: Mapping[int, AnyArray] = field(default_factory=dict)
     norms: AnyArray | None = None
     embedded: bool = False
+    lead: int = 0
+    shape: Shape | None = None
+    base: int = -1
+    follows: int = -1
+    followed: bool = False
     next_pass: int = 0
     next_token: int = 0
 
     @property
     def iterations(self) -> int:
         """How many forward passes the request has."""
-        return len(self.passes) - 1
+        return len(self.passes) - 1 if self.shape is None else self.shape.passes
 
     @property
     def finished(self) -> bool:
         """Whether all of its forward passes were scheduled."""
         return self.next_pass == self.iterations
 
+    def recorded(self, number: int) -> int:
+        """The forward pass of the recording that this one replays."""
+        if self.shape is None:
+            return number
+        if not self.shape.prompt_tokens:
+            return number % (len(self.passes) - 1)
+        if not number:
+            return 0
+        return self.lead + (number - 1) % (len(self.passes) - 1 - self.lead)
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether its first pass is a prefill of another length than the recording has."""
+        shape = self.shape
+        if shape is None or not shape.prompt_tokens:
+            return False
+        return not self.lead or shape.prompt_tokens != self.pass_tokens[0]
+
     def iteration(self, number: int) -> int:
-        """Number of a forward pass in the recording."""
-        return int(self.rows.iteration[self.blocks[self.passes[number]]])
+        """Number of a forward pass, as in the recording; beyond it they go on."""
+        if self.shape is not None and self.shape.prompt_tokens and not self.lead:
+            return number
+        recorded = self.recorded(number)
+        return self._iteration(recorded) + number - recorded
+
+    def _iteration(self, recorded: int) -> int:
+        return int(self.rows.iteration[self.blocks[self.passes[recorded]]])
 
     def phase(self, number: int) -> Phase:
         """Phase of a forward pass."""
-        return Phase(int(self.rows.phase[self.blocks[self.passes[number]]]))
+        if self.shape is not None and self.shape.prompt_tokens:
+            return Phase.DECODE if number else Phase.PREFILL
+        return Phase(int(self.rows.phase[self.blocks[self.passes[self.recorded(number)]]]))
 
     def tokens(self, number: int) -> int:
         """Most tokens that a layer of this forward pass sees."""
-        return self.pass_tokens[number]
+        if self.shape is None:
+            return self.pass_tokens[number]
+        if not number and self.shape.prompt_tokens:
+            return self.shape.prompt_tokens
+        return self.pass_tokens[self.recorded(number)]
+
+    def context(self, number: int, row: int) -> int:
+        """Tokens in the KV cache when a row (of the recorded pass) has been computed in a forward
+        pass: its own position and all before."""
+        own = int(self.rows.position[row]) + 1
+        shape = self.shape
+        if shape is None:
+            return own
+        if number and shape.prompt_tokens and not self._restarts:
+            return shape.before + shape.prompt_tokens + number
+        return shape.before + own + number - self.recorded(number)
+
+    @property
+    def _restarts(self) -> bool:
+        """Whether decoded positions do not go on from the prompt's: a decoder of its own."""
+        if not self.lead or len(self.passes) < 3:
+            return False
+        return int(self.rows.position[self.blocks[self.passes[1]]]) < self.pass_tokens[0]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that its KV cache comes to hold."""
+        last = self.iterations - 1
+        if last:
+            return self.context(last, self.blocks[self.passes[self.recorded(last) + 1]] - 1)
+        return self.context_after(0)
+
+    def context_after(self, number: int) -> int:
+        """Tokens in the KV cache when a forward pass has ended."""
+        if not number and self.shape is not None and self.shape.prompt_tokens:
+            return self.shape.before + self.shape.prompt_tokens
+        return self.context(number, self.blocks[self.passes[self.recorded(number) + 1]] - 1)
 
     def prompt_embedding(self) -> AnyArray | None:
         """int32 [d], quantised, or None."""
@@ -118,7 +208,7 @@ class Work:
         """int32 [d] of one forward pass, quantised, or None."""
         if not self.embedded:
             return None
-        return _quantised(self.rows.embedding.get(self.iteration(number)))
+        return _quantised(self.rows.embedding.get(self._iteration(self.recorded(number))))
 
 
 def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> Work:
@@ -139,6 +229,7 @@ def prepare(index: int, rows: RequestRows, meta: TraceMeta, inputs: Inputs) -> W
         pass_tokens=tokens.tolist(),
         bounds=bounds,
         layers=layers,
+        lead=int(rows.phase[0] == Phase.PREFILL),
     )
     _add_inputs(work, meta, inputs)
     return work
@@ -214,16 +305,18 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One forward pass of the served batch. ``padding`` rows belong to finished requests."""
+    """One forward pass of the served batch. ``padding`` rows belong to finished requests;
+    ``held`` tokens lie in the KV cache of requests that were admitted and take no part."""
 
     number: int
     parts: tuple[Part, ...]
     padding: int = 0
+    held: int = 0
 
 
 class Passes(NamedTuple):
     """Steps ``number`` and following: the whole forward passes ``first`` to ``last`` (excluded) of
-    one request alone."""
+    one request alone, as they were recorded and in the same order."""
 
     number: int
     work: Work
@@ -256,7 +349,19 @@ DONE: Final = "done"
 
 
 class Scheduler(Protocol):
-    """Which requests form the next step. It is offered the requests in order of arrival."""
+    """Which requests form the next step. It is offered the requests in order of arrival.
+
+    Between two calls of ``next_step`` the step that the first one gave was served; it ended at the
+    ``now_ns`` of the second.
+    """
+
+    @property
+    def queue(self) -> Queue:
+        """Where requests wait."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next step is the same whenever it begins."""
 
     def offer(self, work: Work) -> None:
         """The next request of the trace."""
@@ -271,30 +376,130 @@ class Scheduler(Protocol):
         """The same; up to ``most`` steps at once where they are passes of one request alone."""
 
 
+class Queue:
+    """Requests that have arrived and wait, in order of arrival, and those that have not arrived.
+
+    A request arrives at its ``arrival_ns``; one without arrives when it is taken. One that follows
+    another arrives ``think_ns`` after that one's end. With ``users`` the others do so as well: a
+    closed loop, in which each user asks again when the last answer has been read.
+    """
+
+    def __init__(self, users: int = 0, think_ns: int = 0) -> None:
+        self.users = users
+        self.think_ns = think_ns
+        self.waiting: deque[Work] = deque()
+        self.arrived = 0
+        self.ended = 0
+        self.closed = False
+        self.timed = users > 0
+        """Whether any request has an arrival time."""
+        self.reacts = users > 0
+        """Whether arrivals depend on when requests end."""
+        self._coming: list[tuple[int, int, Work]] = []
+        self._latest_ns = -1
+        self._pool: deque[Work] = deque()
+        self._free = [0] * users
+        self._owed: dict[int, int] = {}
+        self._following: dict[int, Work] = {}
+
+    def offer(self, work: Work) -> None:
+        """The next request."""
+        if work.followed:
+            self.timed = self.reacts = True
+        if work.follows >= 0:
+            self.timed = self.reacts = True
+            if work.follows in self._owed:
+                self._comes(work, self._owed.pop(work.follows))
+            else:
+                self._following[work.follows] = work
+        elif self.users:
+            self._pool.append(work)
+            self._ask()
+        elif work.arrival_ns is None:
+            self.waiting.append(work)
+            self.arrived += 1
+        else:
+            self.timed = True
+            self._latest_ns = max(self._latest_ns, work.arrival_ns)
+            self._comes(work, work.arrival_ns)
+
+    def end(self, work: Work, now_ns: int) -> None:
+        """A request has been served to its end."""
+        self.ended += 1
+        if work.followed:
+            follower = self._following.pop(work.index, None)
+            if follower is None:
+                self._owed[work.index] = now_ns + self.think_ns
+            else:
+                self._comes(follower, now_ns + self.think_ns)
+        elif self.users:
+            heapq.heappush(self._free, now_ns + self.think_ns)
+            self._ask()
+
+    def arrive(self, now_ns: int) -> None:
+        """Let those wait that have arrived."""
+        while self._coming and self._coming[0][0] <= now_ns:
+            self.waiting.append(heapq.heappop(self._coming)[2])
+            self.arrived += 1
+
+    def is_known(self, now_ns: int) -> bool:
+        """Whether every arrival up to ``now_ns``, and the next one after it, has been offered."""
+        if self.closed:
+            return True
+        if self._owed or (self.users and self._free):
+            return False
+        return self.users > 0 or self._latest_ns > now_ns
+
+    @property
+    def next_ns(self) -> int | None:
+        """When the next request arrives; None: nobody is known to come."""
+        return self._coming[0][0] if self._coming else None
+
+    def _ask(self) -> None:
+        while self._free and self._pool:
+            self._comes(self._pool.popleft(), heapq.heappop(self._free))
+
+    def _comes(self, work: Work, arrival_ns: int) -> None:
+        work.arrival_ns = arrival_ns
+        heapq.heappush(self._coming, (arrival_ns, work.index, work))
+
+
 class StaticBatch:
     """Batches of up to ``batch`` requests, each served until its last member has finished.
 
     With ``batch = 1`` this is FIFO. A batch takes those that have arrived, in order, and never
-    waits for more; a request without an arrival time arrives when it is taken. A prefill longer
-    than ``chunk_tokens`` is served in chunks, a step each.
+    waits for more. A prefill longer than ``chunk_tokens`` is served in chunks, a step each.
+
+    until_ns : no step begins from then on; 0: until every request has ended.
     """
 
-    def __init__(self, batch: int = 1, chunk_tokens: int = 0) -> None:
+    def __init__(
+        self, batch: int = 1, chunk_tokens: int = 0, queue: Queue | None = None, until_ns: int = 0
+    ) -> None:
         self.batch = batch
         self.chunk_tokens = chunk_tokens
-        self._waiting: deque[Work] = deque()
+        self.queue = queue or Queue()
+        self.until_ns = until_ns
         self._running: list[Work] = []
         self._size = 0
-        self._closed = False
         self._steps = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next step is the same whenever it begins: an admitted batch is served to
+        its end, but for those who wait for one of its members to end."""
+        if not self.queue.timed:
+            return not self.until_ns
+        waits = self.queue.reacts and len(self._running) > 1
+        return not (self.until_ns or waits) and any(not w.finished for w in self._running)
 
     def offer(self, work: Work) -> None:
         """The next request of the trace."""
-        self._waiting.append(work)
+        self.queue.offer(work)
 
     def close(self) -> None:
         """No request will follow."""
-        self._closed = True
+        self.queue.closed = True
 
     def next_step(self, now_ns: int) -> Step | Idle | str:
         """The next step of the running batch, or the first of a new one."""
@@ -308,23 +513,38 @@ class StaticBatch:
             return verdict
         work = self._running[0]
         first = last = work.next_pass
-        if len(self._running) == 1:
-            last = min(work.iterations, first + most)
-        if self.chunk_tokens:
-            chunked = (n for n in range(first, last) if self._is_chunked(work, n))
-            last = next(chunked, last)
-        if last == first:
+        if len(self._running) == 1 and not work.next_token:
+            last = self._last_alike(work, first, min(work.iterations, first + most))
+        if self.until_ns or last == first:
             return self._step()
         work.next_pass = last
         self._steps += last - first
         return Passes(self._steps - (last - first), work, first, last, self._size - 1)
+
+    def _last_alike(self, work: Work, first: int, last: int) -> int:
+        """The end of the passes from ``first`` on that are served whole, as they were recorded."""
+        if first == 0 and work.is_prompted:
+            return first
+        if work.shape is not None:
+            last = min(last, first + len(work.passes) - 1 - work.recorded(first))
+        if self.chunk_tokens:
+            chunked = (n for n in range(first, last) if self._is_chunked(work, n))
+            last = next(chunked, last)
+        return last
 
     def _is_chunked(self, work: Work, number: int) -> bool:
         return work.phase(number) == Phase.PREFILL and work.tokens(number) > self.chunk_tokens
 
     def _run_on(self, now_ns: int) -> Idle | str | None:
         """Admit a new batch if the last has finished; why that cannot be."""
+        self.queue.arrive(now_ns)
+        for work in self._running:
+            if work.finished:
+                self.queue.end(work, now_ns)
+        self.queue.arrive(now_ns)
         self._running = [w for w in self._running if not w.finished]
+        if self.until_ns and now_ns >= self.until_ns:
+            return DONE
         return None if self._running else self._admit(now_ns)
 
     def _step(self) -> Step:
@@ -334,29 +554,35 @@ class StaticBatch:
         return step
 
     def _admit(self, now_ns: int) -> Idle | str | None:
-        arrived = 0
-        for work in self._waiting:
-            if arrived == self.batch or (work.arrival_ns or 0) > now_ns:
-                break
-            arrived += 1
-        if arrived < self.batch and arrived == len(self._waiting) and not self._closed:
+        queue = self.queue
+        if len(queue.waiting) < self.batch and not queue.is_known(now_ns):
             return STARVED
-        if not self._waiting:
-            return DONE
-        if not arrived:
-            return Idle(self._waiting[0].arrival_ns or 0)
-        self._running = [self._waiting.popleft() for _ in range(arrived)]
-        self._size = arrived
+        if not queue.waiting:
+            return rest(queue, self.until_ns)
+        taken = min(self.batch, len(queue.waiting))
+        self._running = [queue.waiting.popleft() for _ in range(taken)]
+        self._size = taken
         return None
 
     def _part(self, work: Work) -> Part:
-        number, first = work.next_pass, work.next_token
-        last = work.tokens(number)
-        if self.chunk_tokens and work.phase(number) == Phase.PREFILL:
-            last = min(last, first + self.chunk_tokens)
-        ends = last == work.tokens(number)
-        work.next_pass, work.next_token = (number + 1, 0) if ends else (number, last)
-        return Part(work, number, first, last, first == 0, ends)
+        return take(work, self.chunk_tokens)
+
+
+def rest(queue: Queue, until_ns: int) -> Idle | str:
+    """What a scheduler with nothing to serve answers: until when it rests, or that it is done."""
+    if queue.next_ns is None:
+        return DONE
+    return Idle(min(queue.next_ns, until_ns) if until_ns else queue.next_ns)
+
+
+def take(work: Work, most: int) -> Part:
+    """The next part of a request: a forward pass, or of a prefill ``most`` tokens (0: all)."""
+    number, first = work.next_pass, work.next_token
+    whole = last = work.tokens(number)
+    if most and last - first > most and work.phase(number) == Phase.PREFILL:
+        last = first + most
+    work.next_pass, work.next_token = (number + 1, 0) if last == whole else (number, last)
+    return Part(work, number, first, last, first == 0, last == whole)
 
 
 def begin_facts(step: Step) -> list[tuple[RequestBegin | IterationBegin, Phase]]:
@@ -401,8 +627,14 @@ class Demand(NamedTuple):
     phases: AnyArray
 
 
-Span: TypeAlias = tuple[Part, int, int]
-"""A part and its first and last (excluded) row in a layer."""
+class Span(NamedTuple):
+    """A part's tokens in a layer: which rows of its recording, how many, and the context when the
+    last of them has been computed."""
+
+    part: Part
+    rows: slice | IntArray
+    tokens: int
+    context: int
 
 
 class Row(NamedTuple):
@@ -435,7 +667,7 @@ def layer_events(step: Step, first_event: int, experts: int) -> Iterator[Item]:
 def layer_spans(step: Step) -> Iterator[tuple[int, list[Span]]]:
     """Each layer that a step runs, with the rows of every part that has tokens there."""
     for layer in sorted({la for part in step.parts for la in _layers(part)}):
-        spans = [(part, *span) for part in step.parts if (span := _span(part, layer)) is not None]
+        spans = [span for part in step.parts if (span := _span(part, layer)) is not None]
         if spans:
             yield layer, spans
 
@@ -480,28 +712,26 @@ def _single(
 
 def _layers(part: Part) -> list[int]:
     work = part.work
-    return work.block_layers[work.passes[part.number] : work.passes[part.number + 1]]
+    recorded = work.recorded(part.number)
+    return work.block_layers[work.passes[recorded] : work.passes[recorded + 1]]
 
 
-def _item(step: Step, layer: int, spans: list[Span], event: int, experts: int) -> Item:
+def _item(step: Step, layer: int, spans: Sequence[Span], event: int, experts: int) -> Item:
     """The layer's rows of every part, gathered."""
     slots = slots_of(spans)
-    rows = tuple(
-        Row(part.work.index, last - first, int(part.work.rows.position[last - 1]) + 1)
-        for part, first, last in spans
-    )
+    rows = tuple(Row(span.part.work.index, span.tokens, span.context) for span in spans)
     context = sum(row.context for row in rows)
-    pieces = [(part.work, first, last) for part, first, last in spans]
+    pieces = [(span.part.work, span.rows) for span in spans]
     source = LayerEvent(
         event=event,
         step=step.number,
         layer=layer,
         slots=slots,
-        token_experts=_gather([w.rows.experts[a:b] for w, a, b in pieces]),
-        weights=_gather_optional([_cut(w.weights, a, b) for w, a, b in pieces]),
-        gate=_gather_optional([_cut(w.gate, a, b) for w, a, b in pieces]),
-        ahead={d: _gather([w.ahead[d][a:b] for w, a, b in pieces]) for d in pieces[0][0].ahead},
-        norms=_gather_optional([_cut(w.norms, a, b) for w, a, b in pieces]),
+        token_experts=_gather([w.rows.experts[rows] for w, rows in pieces]),
+        weights=_gather_optional([_cut(w.weights, rows) for w, rows in pieces]),
+        gate=_gather_optional([_cut(w.gate, rows) for w, rows in pieces]),
+        ahead={d: _gather([w.ahead[d][rows] for w, rows in pieces]) for d in pieces[0][0].ahead},
+        norms=_gather_optional([_cut(w.norms, rows) for w, rows in pieces]),
     )
     tokens = sum(slot.tokens for slot in slots)
     return Item(source, union(source, experts), tokens + step.padding, context, rows)
@@ -511,39 +741,58 @@ def slots_of(spans: Iterable[Span]) -> tuple[Slot, ...]:
     """Whose tokens a layer event's rows are."""
     slots: list[Slot] = []
     total = 0
-    for part, first, last in spans:
-        rows = part.work.rows
-        iteration, phase = int(rows.iteration[first]), part.work.phase(part.number)
-        slots.append(Slot(rows.request, iteration, phase, total, last - first))
-        total += last - first
+    for span in spans:
+        work, number = span.part.work, span.part.number
+        phase = work.phase(number)
+        slots.append(Slot(work.rows.request, work.iteration(number), phase, total, span.tokens))
+        total += span.tokens
     return tuple(slots)
 
 
-def _span(part: Part, layer: int) -> tuple[int, int] | None:
+def _span(part: Part, layer: int) -> Span | None:
     """Rows of a part in a layer. Chunks cut the longest stack; shorter ones run with the last."""
     work = part.work
-    first, last = work.passes[part.number], work.passes[part.number + 1]
+    recorded = work.recorded(part.number)
+    first, last = work.passes[recorded], work.passes[recorded + 1]
     block = first + layer - work.block_layers[first]
     if not first <= block < last or work.block_layers[block] != layer:
         if layer not in work.block_layers[first:last]:
             return None
         block = work.block_layers.index(layer, first, last)
     low, high = work.blocks[block], work.blocks[block + 1]
+    if high - low < work.pass_tokens[recorded]:
+        return _contiguous(part, low, high) if part.ends else None
+    if part.number == 0 and work.is_prompted:
+        return _prompted(part, layer, low)
     if part.begins and part.ends:
-        return low, high
-    if high - low < work.tokens(part.number):
-        return (low, high) if part.ends else None
-    return low + part.first, low + part.last
+        return _contiguous(part, low, high)
+    return _contiguous(part, low + part.first, low + part.last)
 
 
-def context_tokens(part: Part) -> int:
-    """Tokens in the KV cache of a request during its part of a step."""
-    work = part.work
-    return int(work.rows.position[work.blocks[work.passes[part.number + 1]] - 1]) + 1
+def _contiguous(part: Part, low: int, high: int) -> Span:
+    return Span(part, slice(low, high), high - low, part.work.context(part.number, high - 1))
 
 
-def _cut(values: AnyArray | None, first: int, last: int) -> AnyArray | None:
-    return None if values is None else values[first:last]
+def _prompted(part: Part, layer: int, low: int) -> Span:
+    """Tokens of a prompt whose length was not recorded: the recorded rows, again from the first."""
+    work, shape = part.work, part.work.shape
+    assert shape is not None
+    tokens = np.arange(part.first, part.last)
+    if work.lead:
+        rows = low + tokens % work.pass_tokens[0]
+    else:
+        decoded = np.flatnonzero(work.rows.layer == layer)
+        rows = decoded[tokens % len(decoded)]
+    return Span(part, rows, len(rows), shape.before + part.last)
+
+
+def context_tokens(step: Step) -> int:
+    """Tokens in the KV cache during a step."""
+    return step.held + sum(part.work.context_after(part.number) for part in step.parts)
+
+
+def _cut(values: AnyArray | None, rows: slice | IntArray) -> AnyArray | None:
+    return None if values is None else values[rows]
 
 
 def _gather(pieces: list[AnyArray]) -> AnyArray:

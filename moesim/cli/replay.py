@@ -13,6 +13,7 @@ from moesim.cli.options import positive as _positive
 from moesim.cli.options import refuse_beside_plan
 from moesim.cli.options import seed as _seed
 from moesim.cli.options import words as _words
+from moesim.cli.serving import add_serving, serving_of
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _EXAMPLES = """examples:
   moesim replay --trace demo --policy lru
   moesim replay --trace demo --policy lru,lfu,min --capacity 10%,25%,50% --json
   moesim replay --trace x.parquet --policy lru --set prefetch=next-gate --hardware h100 --out runs/
+  moesim replay --trace demo --arrivals poisson:2 --scheduler decode-first --batch 16 --slo ttft=2s
+  moesim replay --trace x.parquet --arrivals azure:conv.csv --rate 2.91 --requests 256
 """
 
 
@@ -86,7 +89,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="INPUT=HOW",
         help="a stand-in for what the trace lacks: gate=topk, embedding=none, norms=unit, "
-        "ahead=recall:0.8@SEED",
+        "prefill=decode, ahead=recall:0.8@SEED",
     )
     group.add_argument("--seed", type=_seed, default=0, help="of every random choice [0]")
     group.add_argument(
@@ -150,16 +153,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("serving")
-    group.add_argument("--batch", type=_positive, default=1, help="requests in a static batch [1]")
+    group.add_argument(
+        "--batch", type=_positive, default=1, help="requests that are served together [1]"
+    )
     group.add_argument(
         "--chunk-tokens", type=_positive, metavar="N", help="serve prefills in chunks of N tokens"
     )
-    group.add_argument(
-        "--arrivals",
-        choices=("back-to-back", "recorded"),
-        default="back-to-back",
-        help="when requests arrive [back-to-back]",
-    )
+    add_serving(group)
     group.add_argument(
         "--mode",
         choices=("group", "flat"),
@@ -265,6 +265,7 @@ def _request(args: argparse.Namespace) -> Request:
         batch=args.batch,
         chunk_tokens=args.chunk_tokens or 0,
         arrivals=args.arrivals,
+        serving=serving_of(args),
         initial=initial,
         initial_experts=experts,
         calibration=args.calibration,

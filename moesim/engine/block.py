@@ -15,9 +15,10 @@ from moesim.costs import Costs
 from moesim.engine.fields import D, E, T
 from moesim.engine.foresight import Foreseer
 from moesim.errors import UsageError
-from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Slot, quick_maker
+from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Phase, Slot, quick_maker
 from moesim.workload import (
     KnownFuture,
+    Part,
     Passes,
     Step,
     Work,
@@ -30,8 +31,8 @@ make_event = quick_maker(LayerEvent)
 LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
 """What a look-up of costs packs into one number: layers that differ, context, tokens."""
 
-Piece = tuple[Work, int, int]
-"""Rows ``first`` to ``last`` of a request."""
+Piece = tuple[Work, slice | IntArray]
+"""Rows of a request's recording."""
 
 
 @dataclass(slots=True)
@@ -103,8 +104,8 @@ class BlockMaker:
     def make(self, items: Sequence[Passes | Step]) -> Block:
         """The block of these steps."""
         rows = _Rows(items, asked=self._asked)
-        experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
-        phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
+        experts = _gather([w.rows.experts[at] for w, at in rows.pieces])
+        phases = rows.phases()
         starts = np.append(rows.starts, len(experts))
         ids, tokens, phase, ends = _unite(experts, starts, phases, self._experts)
         layers = rows.layers
@@ -150,8 +151,8 @@ class BlockMaker:
     def demand(self, items: Sequence[Passes | Step]) -> tuple[AnyArray, IntArray]:
         """Expert ids, int32 [accesses], of these steps, and how many each layer event demands."""
         rows = _Rows(items, asked=False)
-        experts = _gather([w.rows.experts[a:b] for w, a, b in rows.pieces])
-        phases = _gather([w.rows.phase[a:b] for w, a, b in rows.pieces])
+        experts = _gather([w.rows.experts[at] for w, at in rows.pieces])
+        phases = rows.phases()
         starts = np.append(rows.starts, len(experts))
         if self._flat:
             kept = experts.reshape(-1) != DROPPED
@@ -197,7 +198,7 @@ class BlockMaker:
         mention; and where each begins, and the end."""
         if not self._distance:
             return np.zeros(1, np.int64), np.zeros(len(starts), np.int64)
-        ahead = _gather([w.ahead[self._distance][a:b] for w, a, b in rows.pieces])
+        ahead = _gather([w.ahead[self._distance][at] for w, at in rows.pieces])
         ahead = ahead[:, : self._width] if self._width else ahead
         none = np.zeros(len(ahead), np.uint8)
         ids, _, _, ends = _unite(np.ascontiguousarray(ahead), starts, none, self._experts)
@@ -230,6 +231,8 @@ class _Rows:
         self.pieces: list[Piece] = []
         self.slots: list[tuple[Slot, ...]] = []
         self._asked = asked
+        self._stated: dict[int, Phase] = {}
+        """The phase of a piece whose rows were recorded in another."""
         self._length = 0
         self._events: list[tuple[AnyArray, ...]] = []
         self.counts = np.concatenate([self._cut(item) for item in items])
@@ -243,7 +246,8 @@ class _Rows:
     def _whole(self, passes: Passes) -> IntArray:
         """Forward passes of one request: already in event order."""
         work = passes.work
-        bounds = np.array(work.passes[passes.first : passes.last + 1])
+        first = work.recorded(passes.first)
+        bounds = np.array(work.passes[first : first + passes.steps + 1])
         blocks = work.bounds[bounds[0] : bounds[-1] + 1]
         counts = np.diff(bounds)
         numbers = np.arange(passes.number, passes.number + passes.steps)
@@ -252,11 +256,11 @@ class _Rows:
                 blocks[:-1] - blocks[0] + self._length,
                 work.layers[bounds[0] : bounds[-1]],
                 np.diff(blocks) + passes.padding,
-                work.rows.position[blocks[1:] - 1].astype(np.int64) + 1,
+                _contexts(passes, blocks[1:] - 1, counts),
                 np.repeat(numbers, counts),
             )
         )
-        self._add(work, int(blocks[0]), int(blocks[-1]))
+        self._add(work, slice(int(blocks[0]), int(blocks[-1])), blocks[-1] - blocks[0])
         if self._asked:
             self._add_slots(passes, counts.tolist())
         return counts
@@ -264,7 +268,7 @@ class _Rows:
     def _add_slots(self, passes: Passes, counts: Sequence[int]) -> None:
         """Whose tokens each layer event has: those of the one request."""
         work = passes.work
-        block = work.passes[passes.first]
+        block = work.passes[work.recorded(passes.first)]
         for number, count in enumerate(counts, passes.first):
             iteration, phase = work.iteration(number), work.phase(number)
             made: dict[int, tuple[Slot, ...]] = {}
@@ -279,22 +283,49 @@ class _Rows:
         """A step of several requests, or of a chunk: layer by layer."""
         rows = []
         for layer, spans in layer_spans(step):
-            tokens = sum(last - first for _, first, last in spans) + step.padding
-            context = sum(int(p.work.rows.position[last - 1]) + 1 for p, _, last in spans)
+            tokens = sum(span.tokens for span in spans) + step.padding
+            context = sum(span.context for span in spans)
             rows.append((self._length, layer, tokens, context, step.number))
-            for part, first, last in spans:
-                self._add(part.work, first, last)
+            for span in spans:
+                self._add(span.part.work, span.rows, span.tokens, span.part)
             if self._asked:
                 self.slots.append(slots_of(spans))
         self._events.append(tuple(np.array(rows, np.int64).reshape(-1, 5).T))
         return np.array([len(rows)])
 
-    def _add(self, work: Work, first: int, last: int) -> None:
-        self._length += last - first
-        if self.pieces and self.pieces[-1][0] is work and self.pieces[-1][2] == first:
-            self.pieces[-1] = (work, self.pieces[-1][1], last)
-        else:
-            self.pieces.append((work, first, last))
+    def _add(
+        self, work: Work, rows: slice | IntArray, count: int, part: Part | None = None
+    ) -> None:
+        self._length += int(count)
+        if part is not None and part.number == 0 and work.is_prompted:
+            # Decoded rows may stand in for it.
+            self._stated[len(self.pieces)] = Phase.PREFILL
+        self.pieces.append((work, rows))
+
+    def phases(self) -> AnyArray:
+        """Of each row, uint8."""
+        return _gather(
+            [
+                np.full_like(w.rows.phase[at], self._stated[piece])
+                if piece in self._stated
+                else w.rows.phase[at]
+                for piece, (w, at) in enumerate(self.pieces)
+            ]
+        )
+
+
+def _contexts(passes: Passes, last_rows: IntArray, counts: IntArray) -> IntArray:
+    """``Work.context`` of the last row of each layer event."""
+    work = passes.work
+    own = work.rows.position[last_rows].astype(np.int64) + 1
+    if work.shape is None:
+        return own
+    shifts = [
+        work.context(number, row) - int(work.rows.position[row]) - 1
+        for number, row in enumerate(last_rows[np.cumsum(counts) - 1].tolist(), passes.first)
+    ]
+    longer: IntArray = own + np.repeat(shifts, counts)
+    return longer
 
 
 def _refuse_too_many(what: str, values: IntArray, bits: int) -> None:
@@ -493,8 +524,8 @@ def _sources(
 
     def gathered(column: Sequence[AnyArray | None]) -> AnyArray | None:
         cut = [
-            None if values is None else values[a:b]
-            for values, (_, a, b) in zip(column, rows.pieces, strict=True)
+            None if values is None else values[at]
+            for values, (_, at) in zip(column, rows.pieces, strict=True)
         ]
         present = [values for values in cut if values is not None]
         return _gather(present) if present else None

@@ -354,7 +354,7 @@ class FastEngine:
     def _kv_bytes(self, step: Step) -> int:
         """What the KV cache takes of each cache."""
         whole = self.setup.world.capacity_bytes
-        context = sum(context_tokens(part) for part in step.parts)
+        context = context_tokens(step)
         taken = context * self.setup.kv_bytes_per_token // len(whole)
         self.setup.refuse_crowded(context, [max(0, c - taken) for c in whole])
         return taken

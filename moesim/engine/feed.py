@@ -38,8 +38,8 @@ class Server(Protocol):
 class Feed:
     """Feeds engines that ask the same of the workload. The first one's scheduler decides.
 
-    Where requests have arrival times, the next step depends on the clock: then an engine must be
-    fed alone, step by step.
+    Where requests have arrival times, steps depend on the clock: then an engine must be fed alone,
+    and no further than its scheduler is settled.
     """
 
     def __init__(self, engines: Sequence[Server]) -> None:
@@ -47,13 +47,10 @@ class Feed:
         self._scheduler = engines[0].setup.scheduler
         self._maker = engines[0].block_maker()
         self._layers = engines[0].setup.world.layers
-        self._timed = False
         self._done = False
 
     def offer(self, work: Work) -> None:
         """The next request of the trace."""
-        self._timed = self._timed or work.arrival_ns is not None
-        assert not self._timed or len(self._engines) == 1
         self._scheduler.offer(work)
 
     def close(self) -> None:
@@ -82,9 +79,8 @@ class Feed:
     def _gather(self) -> tuple[list[Passes | Step], Idle | str | None]:
         """Steps that can be prepared now."""
         some: list[Passes | Step] = []
-        most = 1 if self._timed else -(-BLOCK_EVENTS // self._layers)
-        left = most
-        while left > 0:
+        left = -(-BLOCK_EVENTS // self._layers)
+        while left > 0 and (not some or self._scheduler.settled):
             steps = self._scheduler.next_steps(self._engines[0].now, left)
             if not isinstance(steps, Passes | Step):
                 return some, steps

@@ -154,7 +154,8 @@ class Foreseer:
         for i in range(passes.steps):
             step = passes.step(i)
             self._begin(step, sights)
-            low, high = work.passes[passes.first + i], work.passes[passes.first + i + 1]
+            recorded = work.recorded(passes.first + i)
+            low, high = work.passes[recorded], work.passes[recorded + 1]
             rows = blocks[low : high + 1]
             values = np.ascontiguousarray(work.gate[rows[0] : rows[-1]], np.int32)
             records, places = self._walk.walk(
@@ -190,10 +191,11 @@ def _is_even(passes: Passes) -> bool:
     work = passes.work
     if work.gate is None:
         return False
-    low, high = work.passes[passes.first], work.passes[passes.last]
-    tokens = np.diff(work.blocks[low : high + 1])
-    of_pass = np.diff(work.passes[passes.first : passes.last + 1])
-    return bool((tokens == np.repeat(work.pass_tokens[passes.first : passes.last], of_pass)).all())
+    first = work.recorded(passes.first)
+    last = first + passes.steps
+    tokens = np.diff(work.blocks[work.passes[first] : work.passes[last] + 1])
+    of_pass = np.diff(work.passes[first : last + 1])
+    return bool((tokens == np.repeat(work.pass_tokens[first:last], of_pass)).all())
 
 
 def _places(sights: Sights, of_events: IntArray, fore: IntArray) -> IntArray:

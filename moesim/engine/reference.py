@@ -183,7 +183,7 @@ class ReferenceEngine(Desk):
 
     def _make_room_for_kv(self, step: Step) -> None:
         """Capacity is what the KV cache leaves; shared between layers in equal parts."""
-        context = sum(context_tokens(part) for part in step.parts)
+        context = context_tokens(step)
         taken = context * self.setup.kv_bytes_per_token
         whole = self.setup.world.capacity_bytes
         left = [max(0, c - taken // len(whole)) for c in whole]
