@@ -95,6 +95,11 @@ class Answers:
             )
         return precisions
 
+    def routed_experts(self, source: LayerEvent) -> AnyArray:
+        """uint16 [T, k]: where the tokens of the newest layer event go."""
+        routed = self._routed.experts
+        return source.token_experts if routed is None else routed
+
     @property
     def precise(self) -> bool:
         """Whether the newest layer event is executed in full precision."""

@@ -76,6 +76,7 @@ class Costs:
         "_dense_bytes",
         "_dense_flops",
         "_device",
+        "_exchange",
         "_expert_bytes",
         "_job_bytes",
         "_job_ops",
@@ -99,6 +100,8 @@ class Costs:
             hardware.source, model.source, key=lambda source: _STRENGTH[source]
         )
         self._link = _Rate(hardware.link.bytes_per_s)
+        between = hardware.interconnect
+        self._exchange = _Rate(math.inf if between is None else between.bytes_per_s)
         self._job_ops = _Rate(host.policy_ops_per_s)
         self._job_bytes = _Rate(host.policy_bytes_per_s)
         compute, cpu = hardware.compute, host.cpu
@@ -151,6 +154,26 @@ class Costs:
         chunk = self.hardware.link.chunk_bytes or max(nbytes, 1)
         inner = tuple(self.load_ns(end) for end in range(chunk, nbytes, chunk))
         return (*inner, self.load_ns(nbytes))
+
+    def shared_ends(self, nbytes: int, links: int) -> tuple[int, ...]:
+        """``chunk_ends`` while so many links draw on the host: each gets an equal part of what it
+        gives, and no more than its own rate."""
+        alone, share = self.chunk_ends(nbytes), self.hardware.host.links_bytes_per_s / links
+        if share >= self.hardware.link.bytes_per_s:
+            return alone
+        link, chunk = self.hardware.link, self.hardware.link.chunk_bytes or max(nbytes, 1)
+        rate, fixed = _Rate(share), link.handover_ns + link.latency_ns
+        slow = (fixed + rate.ns(min(chunk * i, nbytes)) for i in range(1, len(alone) + 1))
+        return tuple(max(pair) for pair in zip(alone, slow, strict=True))
+
+    def exchange_ns(self, vectors: int, trips: int) -> int:
+        """Time in which hidden states travel between devices: so many on each of ``trips`` trips,
+        one after the other. None take no time, nor where the profile has no interconnect."""
+        between = self.hardware.interconnect
+        if between is None or not _count(vectors):
+            return 0
+        nbytes = vectors * self.model.hidden * _width(self.model.dtype)
+        return trips * (between.latency_ns + self._exchange.ns(nbytes))
 
     def dense_ns(self, tokens: int, context: int, layer: int = 0) -> int:
         """Time of a layer's dense part: attention, norms, router, shared experts.
@@ -244,6 +267,12 @@ class _Roof:
 
     def ns(self, nbytes: int, flops: int) -> int:
         return max(self.bytes_rate.ns(nbytes), self.flops_rate.ns(flops)) + self.kernel_ns
+
+
+def _width(dtype: str) -> int:
+    """Bytes of one number; two where the name does not tell."""
+    bits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return max(1, int(bits) // 8) if bits.isdecimal() else 2
 
 
 def _count(value: int) -> int:

@@ -14,6 +14,7 @@ from moesim.ledger import ABSENT, RESIDENT, Ledger
 from moesim.loads import Loads, Transfer
 from moesim.precision import enough, serving
 from moesim.protocol import Policy, World
+from moesim.several import Several
 from moesim.tally import RequestTimes, Tally
 from moesim.types import (
     NEVER,
@@ -49,7 +50,7 @@ class Desk:
     tally: Tally
     ledger: Ledger
     answers: Answers
-    loads: Loads
+    loads: Loads | Several[Loads]
 
     def __init__(self) -> None:
         self.times: dict[int, RequestTimes] = {}
@@ -109,9 +110,14 @@ class Desk:
         if part.number == part.work.iterations - 1:
             times.end_ns = self.now()
 
+    def tally_of(self, key: int) -> Tally:
+        """What counts the accesses and loads of a key."""
+        return self.tally
+
     def misses(self) -> int:
         """Misses so far."""
-        return sum(counts.misses for counts in self.tally.phases)
+        whole = (self.tally, *self.tally.devices)
+        return sum(counts.misses for tally in whole for counts in tally.phases)
 
     # ---- a gate ----------------------------------------------------------------------------------
 
@@ -132,11 +138,11 @@ class Desk:
         status = JUDGED[self.ledger.state[keys]]
         gate = Gate(source, demand.experts, demand.tokens, status, demand.phases, precisions)
         self._unserved = frozenset(keys[status == MISS].tolist())
-        self.loads.members = set(keys.tolist())
-        self.loads.released.clear()
-        self.ledger.pinned |= self.loads.members
+        members = set(keys.tolist())
+        self.loads.begin(members)
+        self.ledger.pinned |= members
         self._log_gate(gate)
-        self._count_named(gate)
+        self._count_named(gate, members)
         self._claim(gate)
         self.loads.expire()
         return gate, self.answers.plan(gate)
@@ -155,34 +161,34 @@ class Desk:
         self.loads.log.add(log.GATE, self.now(), *head, *words)
         self.loads.decisions.add(log.GATE, *head, *words)
 
-    def _count_named(self, gate: Gate) -> None:
+    def _count_named(self, gate: Gate, members: set[int]) -> None:
         named = self._named.pop(gate.event, None)
         if named is not None:
             self.tally.named += len(named)
-            self.tally.predicted += len(named & self.loads.members)
+            self.tally.predicted += len(named & members)
 
     def _claim(self, gate: Gate) -> None:
         """What the gate settles without the policy: hits are used, loads under way promoted."""
         loads, tally = self.loads, self.tally
-        nbytes = 0
+        nbytes: dict[int, int] = {}
         late: list[int] = []
         rows = zip(self.keys.tolist(), gate.status.tolist(), gate.phases.tolist(), strict=True)
         for key, status, phase in rows:
-            nbytes += self.ledger.bytes_of[key]
-            tally.phases[phase].judged(status, self.ledger.copy_bytes[key])
+            cache = self.ledger.cache_of[key]
+            nbytes[cache] = nbytes.get(cache, 0) + self.ledger.bytes_of[key]
+            self.tally_of(key).phases[phase].judged(status, self.ledger.copy_bytes[key])
             if status == HIT:
-                loads.use(key)
+                loads.of(key).use(key)
             elif status == LATE:
                 late.append(key)
             else:
-                loads.miss(key)
+                loads.of(key).miss(key)
         loads.promote(late)
-        tally.largest_union_bytes = max(tally.largest_union_bytes, nbytes)
-        cache = self.ledger.cache_of[int(self.keys[0])] if len(self.keys) else 0
-        tally.overflows += nbytes > self.ledger.capacity[cache]
+        tally.largest_union_bytes = max(tally.largest_union_bytes, sum(nbytes.values()))
+        tally.overflows += any(n > self.ledger.capacity[cache] for cache, n in nbytes.items())
 
-    def demand(self, gate: Gate, plan: Plan) -> int:
-        """Serve the misses; the number of experts that the compute lane must wait for."""
+    def demand(self, gate: Gate, plan: Plan) -> list[int]:
+        """Serve the misses; the keys that the compute lane must wait for."""
         self._unserved = frozenset()
         missing: list[Transfer] = []
         for order in np.flatnonzero(gate.status == MISS).tolist():
@@ -192,12 +198,13 @@ class Desk:
                 self.tally.served["fetch"] += 1
                 phase, staged = Phase(gate.phases[order]), self.policy.bypass
                 missing.append(
-                    self.loads.transfer(key, phase, order, prefetch=False, staged=staged)
+                    self.loads.of(key).transfer(key, phase, order, prefetch=False, staged=staged)
                 )
             else:
                 self._serve_apart(gate, order, key, how)
         self.loads.demand(missing)
-        return int((gate.status == LATE).sum()) + len(missing)
+        late: list[int] = self.keys[gate.status == LATE].tolist()
+        return [*late, *(transfer.key for transfer in missing)]
 
     def _serve_apart(self, gate: Gate, order: int, key: int, how: Serve) -> None:
         """A miss that the link does not serve."""
@@ -224,7 +231,8 @@ class Desk:
     def apply(self, plan: Plan, phase: Phase) -> None:
         """Cancel, reprioritise, queue prefetches, submit jobs."""
         for expert in plan.cancel:
-            self.loads.cancel(self.answers.key(expert))
+            key = self.answers.key(expert)
+            self.loads.of(key).cancel(key)
         for expert, priority in plan.reprioritise:
             self._reprioritise(self.answers.key(expert), priority)
         for order, wish in enumerate(plan.prefetches):
@@ -234,11 +242,12 @@ class Desk:
             self.submit(job)
 
     def _reprioritise(self, key: int, priority: int) -> None:
-        transfer = self.loads.queued(key)
+        loads = self.loads.of(key)
+        transfer = loads.queued(key)
         if transfer is not None:
             transfer.priority = priority
-        elif key in self.loads.holds:
-            self.loads.hold(key, priority, self.loads.holds[key][1])
+        elif key in loads.holds:
+            loads.hold(key, priority, loads.holds[key][1])
 
     def _prefetch(self, wish: Prefetch, order: int, phase: Phase) -> None:
         """Queue a wish; where the copy is there or under way, refresh what protects it."""
@@ -248,16 +257,16 @@ class Desk:
         if wish.expires < NEVER:
             self._named.setdefault(wish.expires, set()).add(key)
         replaces = self.answers.replaced(wish, key, self.ledger.cache_of)
-        state = self.ledger.state[key]
-        pending = self.loads.queued(key)
+        state, loads = self.ledger.state[key], self.loads.of(key)
+        pending = loads.queued(key)
         if pending is not None:
             pending.priority, pending.expires = wish.priority, wish.expires
             pending.cancelled = False
         elif state == RESIDENT:
-            self.loads.hold(key, wish.priority, wish.expires)
+            loads.hold(key, wish.priority, wish.expires)
         elif state == ABSENT and key not in self._unserved:
             # Demand comes first in an event's order; 1 << 19 is more than any demand.
-            transfer = self.loads.transfer(key, phase, (1 << 19) + order, prefetch=True)
+            transfer = loads.transfer(key, phase, (1 << 19) + order, prefetch=True)
             transfer.priority, transfer.expires = wish.priority, wish.expires
             transfer.replaces = replaces
-            self.loads.enqueue(transfer)
+            loads.enqueue(transfer)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moesim.types import AnyArray, IntArray, State
+from moesim.types import IntArray, State
 
 SCOPES = ("global", "layer")
 ALLOCATORS = ("bytes", "slots")
@@ -27,7 +27,7 @@ class LedgerError(RuntimeError):
 
 
 class Ledger:
-    """Books of one device.
+    """Books of one host.
 
     Parameters
     ----------
@@ -36,6 +36,7 @@ class Ledger:
     capacity_bytes : one number, or one a layer; its length decides the scope
     allocator : "bytes" books what a copy weighs; "slots" books the largest copy of its cache for
         every copy, as a bank of equal slots must.
+    caches : int64 [layers * experts], the cache of each expert; None: as the scope says.
     """
 
     def __init__(
@@ -45,26 +46,27 @@ class Ledger:
         capacity_bytes: Sequence[int],
         *,
         allocator: str = "bytes",
+        caches: IntArray | None = None,
     ) -> None:
         precisions, layers = (int(n) for n in expert_bytes.shape)
         self.experts = experts
         self.size: int = layers * experts
-        self.per_layer = len(capacity_bytes) > 1 or layers == 1
         self.capacity = [int(c) for c in capacity_bytes]
-        caches = len(self.capacity)
+        if caches is None:
+            own = len(self.capacity) > 1 or layers == 1
+            caches = np.repeat(np.arange(layers) * own, experts)
+        sizes = np.repeat(expert_bytes, experts, axis=1)
         self._states = bytearray(precisions * self.size)
         self.state = np.frombuffer(self._states, np.uint8)
         """uint8 [keys] of ``State``: a view, always current."""
-        self.cache_of: list[int] = _by_key(np.arange(layers) * self.per_layer, experts, precisions)
+        self.cache_of: list[int] = np.tile(caches, precisions).tolist()
         """The cache that holds each key."""
-        self.bytes_of: list[int] = _by_key(
-            _booked(expert_bytes, self.per_layer, allocator), experts, 1
-        )
+        self.bytes_of: list[int] = _booked(sizes, caches, allocator).reshape(-1).tolist()
         """Bytes booked for each key."""
-        self.copy_bytes: list[int] = _by_key(expert_bytes, experts, 1)
+        self.copy_bytes: list[int] = sizes.reshape(-1).tolist()
         """Bytes that a load of each key moves."""
-        self.residents: list[set[int]] = [set() for _ in range(caches)]
-        self.used = [0] * caches
+        self.residents: list[set[int]] = [set() for _ in self.capacity]
+        self.used = [0] * len(self.capacity)
         self.pinned: set[int] = set()
         self.staged_bytes = 0
         self.held_bytes = 0
@@ -84,9 +86,9 @@ class Ledger:
         """Unreserved bytes of a cache; negative after it shrank below what it holds."""
         return self.capacity[cache] - self.used[cache]
 
-    def resident_bytes(self) -> int:
-        """Copied bytes of all residents."""
-        return sum(self.copy_bytes[k] for cache in self.residents for k in cache)
+    def resident_bytes(self, caches: Iterable[int]) -> int:
+        """Copied bytes of all residents of some caches."""
+        return sum(self.copy_bytes[k] for cache in caches for k in self.residents[cache])
 
     # ---- changes ---------------------------------------------------------------------------------
 
@@ -186,15 +188,10 @@ class Ledger:
             raise LedgerError(f"keys {wrong} are listed but not resident")
 
 
-def _booked(expert_bytes: IntArray, per_layer: bool, allocator: str) -> IntArray:
-    """Bytes booked for a copy of each (precision, layer)."""
+def _booked(sizes: IntArray, caches: IntArray, allocator: str) -> IntArray:
+    """Bytes booked for a copy of each (precision, expert)."""
     if allocator == "bytes":
-        return expert_bytes
-    largest = expert_bytes.max(axis=0) if per_layer else expert_bytes.max()
-    return np.broadcast_to(largest, expert_bytes.shape)
-
-
-def _by_key(table: AnyArray, experts: int, precisions: int) -> list[int]:
-    """A value of each (precision, layer) or layer, as a list over keys."""
-    keys: list[int] = np.tile(np.repeat(table.reshape(-1), experts), precisions).tolist()
-    return keys
+        return sizes
+    largest = np.zeros(int(caches.max()) + 1, np.int64)
+    np.maximum.at(largest, caches, sizes.max(axis=0))
+    return np.broadcast_to(largest[caches], sizes.shape)

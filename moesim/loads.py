@@ -43,11 +43,6 @@ class Transfer:
     sent: int = 0
     """Chunks that have moved."""
 
-    @property
-    def moved_ns(self) -> int:
-        """Link time spent on it so far."""
-        return self.ends[self.sent - 1] if self.sent else 0
-
 
 class Loads:
     """Two lanes to one serial channel: demand first, then prefetches by priority.
@@ -94,13 +89,26 @@ class Loads:
         self._in_service: Transfer | None = None
         self._sequence = 0
         self._displaced: dict[int, Transfer] = {}
+        self.caches: Sequence[int] = range(len(ledger.capacity))
+        """Those that it fills."""
+        self.suffix = ""
+        """What its lanes' names end with, where there are several devices."""
 
     @property
     def event(self) -> int:
         """The newest layer event."""
         return self.answers.event
 
+    def of(self, key: int) -> Loads:
+        """The loads of the device that owns a key: these, where there is one device."""
+        return self
+
     # ---- what the gate asks for ------------------------------------------------------------------
+
+    def begin(self, members: set[int]) -> None:
+        """A new layer event demands these keys."""
+        self.members = members
+        self.released.clear()
 
     def transfer(
         self, key: int, phase: Phase, order: int, *, prefetch: bool, staged: bool = False
@@ -228,7 +236,7 @@ class Loads:
         self.tally.link_busy_ns += end_ns - start_ns
         if self.spans is not None:
             lane = "prefetch" if transfer.prefetch and not transfer.demanded else "demand"
-            self.spans.append((lane, start_ns, end_ns, transfer.key))
+            self.spans.append((lane + self.suffix, start_ns, end_ns, transfer.key))
         if transfer.sent == len(transfer.ends):
             self._land(transfer)
         elif transfer.cancelled:
@@ -435,7 +443,7 @@ class Loads:
     def shrink(self, capacity_bytes: Sequence[int]) -> None:
         """New capacities; evict by score until nothing is over, as far as nothing is pinned."""
         self.ledger.resize(capacity_bytes)
-        for cache in range(len(self.ledger.capacity)):
+        for cache in self.caches:
             lacking = -self.ledger.free(cache)
             free = sorted(self.ledger.residents[cache] - self.ledger.pinned)
             for victim in self._going(free, lacking):
@@ -476,7 +484,14 @@ class Loads:
         return self._chunks[nbytes]
 
     def finish(self) -> None:
-        """The run has ended: what is still queued, moving or unused meets its fate."""
+        """The run has ended."""
+        self.settle()
+        self.tally.peak_bytes = self.ledger.peak_bytes
+        self.tally.log_digest = self.log.hex()
+        self.tally.decision_digest = self.decisions.hex()
+
+    def settle(self) -> None:
+        """What is still queued, moving or unused at the end meets its fate."""
         for transfer in list(self._prefetch.values()):
             if transfer.issued:
                 moved = self._moved_bytes(transfer)
@@ -487,10 +502,7 @@ class Loads:
                 self.tally.prefetch.dropped += 1
         for transfer in self.unused.values():
             self._settle_fate(transfer, "unused_at_end")
-        self.tally.resident_bytes = self.ledger.resident_bytes()
-        self.tally.peak_bytes = self.ledger.peak_bytes
-        self.tally.log_digest = self.log.hex()
-        self.tally.decision_digest = self.decisions.hex()
+        self.tally.resident_bytes = self.ledger.resident_bytes(self.caches)
 
 
 def urgency(transfer: Transfer) -> tuple[int, int]:

@@ -33,6 +33,7 @@ SCORES = (
     "sigmoid-bias-scale",  # choice by sigmoid + bias, weights unbiased, renormalised and scaled
     "unknown",
 )
+MOST_DEVICES = 64
 _SHIPPED = Path(__file__).parent / "profiles"
 _INT64 = 2**63 - 1
 _PerLayer = int | tuple[int, ...]
@@ -215,6 +216,14 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Interconnect:
+    """How tokens travel between devices: one trip for all that leave or reach a device."""
+
+    bytes_per_s: float  # may be inf
+    latency_ns: int  # once for each trip
+
+
+@dataclass(frozen=True, slots=True)
 class Roofline:
     """Time is the longer of memory traffic and arithmetic, and a fixed cost for each kernel."""
 
@@ -269,11 +278,15 @@ class Host:
     policy_bytes_per_s: float  # background jobs; may be inf
     workers: int
     cpu: Roofline | ConstantExpert | TableExpert
+    links_bytes_per_s: float = math.inf  # what it gives the links of all devices together
 
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
-    """A machine: memory, link, device compute, host. Times are ns, rates are a second's."""
+    """A machine: memory, link, device compute, host. Times are ns, rates are a second's.
+
+    With several ``devices`` memory, link and compute are those of each.
+    """
 
     name: str
     source: str  # one of HARDWARE_SOURCES
@@ -282,6 +295,8 @@ class HardwareProfile:
     link: Link
     compute: Roofline | Constant | Table
     host: Host
+    devices: int = 1
+    interconnect: Interconnect | None = None  # None: nobody said; what travels takes no time
 
     @property
     def digest(self) -> str:
@@ -296,6 +311,10 @@ class HardwareProfile:
         rate = _Keys({"bytes_per_s": bytes_per_s}, self.name, "link.").rate("bytes_per_s")
         return replace(self, link=replace(self.link, bytes_per_s=rate, curve=()))
 
+    def must_share(self, links: int) -> bool:
+        """Whether the host gives so many links less than their own rates together."""
+        return links > 1 and self.host.links_bytes_per_s < links * self.link.bytes_per_s
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types (an infinite rate is the text "inf")."""
         cpu = self.host.cpu
@@ -304,6 +323,7 @@ class HardwareProfile:
             "name": self.name,
             "source": self.source,
             "provenance": self.provenance,
+            **self._several_dict(),
             "memory": {
                 "device_bytes": self.memory.device_bytes,
                 "reserved_bytes": self.memory.reserved_bytes,
@@ -324,8 +344,23 @@ class HardwareProfile:
                 "policy_bytes_per_s": _plain_rate(self.host.policy_bytes_per_s),
                 "workers": self.host.workers,
                 "cpu": _compute_dict(cpu),
+                **self._links_dict(),
             },
         }
+
+    def _several_dict(self) -> dict[str, Any]:
+        """Of several devices; a machine of one is described as ever."""
+        made: dict[str, Any] = {"devices": self.devices} if self.devices > 1 else {}
+        if self.interconnect is not None:
+            made["interconnect"] = {
+                "bytes_per_s": _plain_rate(self.interconnect.bytes_per_s),
+                "latency_ns": self.interconnect.latency_ns,
+            }
+        return made
+
+    def _links_dict(self) -> dict[str, Any]:
+        rate = self.host.links_bytes_per_s
+        return {} if math.isinf(rate) else {"links_bytes_per_s": rate}
 
     @classmethod
     def from_dict(cls, data: object, where: str = "hardware profile") -> HardwareProfile:
@@ -637,13 +672,28 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
             ),
             workers=host.whole("workers", least=1),
             cpu=_cpu(host.table("cpu"), folder),
+            links_bytes_per_s=_optional(
+                host, "links_bytes_per_s", lambda: host.rate("links_bytes_per_s"), math.inf
+            ),
+        ),
+        devices=_optional(keys, "devices", lambda: keys.whole("devices", 1, MOST_DEVICES), 1),
+        interconnect=_optional(
+            keys, "interconnect", lambda: _interconnect(keys.table("interconnect")), None
         ),
     )
     for table in (keys, memory, link, host):
         table.close()
+    if profile.host.links_bytes_per_s < profile.link.bytes_per_s:
+        raise host.fail("links_bytes_per_s", "is less than one link's bytes_per_s; correct one")
     if profile.memory.reserved_bytes >= profile.memory.device_bytes:
         raise memory.fail("reserved_bytes", "leaves nothing of device_bytes; make it smaller")
     return profile
+
+
+def _interconnect(keys: _Keys) -> Interconnect:
+    made = Interconnect(keys.rate("bytes_per_s"), keys.whole("latency_ns"))
+    keys.close()
+    return made
 
 
 def _optional(keys: _Keys, key: str, read: Callable[[], _T], default: _T) -> _T:

@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from moesim.errors import UsageError
+from moesim.placement import caches_of
 from moesim.types import (
     NO_PLAN,
     AnyArray,
@@ -75,7 +76,8 @@ class World:
     """What is true for the whole run.
 
     expert_bytes : int64 [precisions, layers], bytes of one expert.
-    capacity_bytes : one number (scope "global") or one per layer (scope "layer").
+    capacity_bytes : one number (scope "global") or one per layer (scope "layer"); with several
+        devices one for each of the caches that ``caches`` names.
     decode_from : first layer of a decoding pass (after an encoder's layers, if there is one).
     expert_parts : in how many parts an expert of the model is kept, side by side; 1: whole.
     calibration : int64 [layers * experts] uses on the calibration trace (``Needs.CALIBRATION``).
@@ -83,6 +85,7 @@ class World:
         (``Needs.NORMS``).
     past : the facts of past requests, as a policy would have heard them (``Needs.PAST``); None
         where there are none.
+    owners : int64 [layers * experts], the device that holds each expert; None: there is one.
     """
 
     layers: int
@@ -99,11 +102,22 @@ class World:
     past: Callable[[], Iterable[Fact]] | None = None
     future: Future | None = None
     expert_parts: int = 1
+    owners: IntArray | None = None
 
     @property
     def size(self) -> int:
         """Number of expert ids."""
         return self.layers * self.experts
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return 1 if self.owners is None else int(self.owners.max()) + 1
+
+    @property
+    def caches(self) -> IntArray:
+        """int64 [layers * experts]: the cache that holds each expert."""
+        return caches_of(self.layers, self.experts, self.scope, self.owners)
 
     def ahead(self, layer: int, distance: int) -> int:
         """The layer ``distance`` events on; past the last, those of the next decoding pass."""
@@ -112,10 +126,21 @@ class World:
             return layer + distance
         return self.decode_from + beyond % (self.layers - self.decode_from)
 
+    @property
+    def cache_slots(self) -> list[int]:
+        """How many full-precision experts each cache holds, of the first layer that it serves."""
+        first = np.unique(self.caches, return_index=True)[1] // self.experts
+        sizes = self.expert_bytes[0, first].tolist()
+        return [held // size for held, size in zip(self.capacity_bytes, sizes, strict=True)]
+
     def slots(self, layer: int) -> int:
-        """How many full-precision experts of a layer its cache holds."""
-        cache = layer if self.scope == "layer" else 0
-        return self.capacity_bytes[cache] // int(self.expert_bytes[0, layer])
+        """How many full-precision experts of a layer its cache holds, or its caches together."""
+        nbytes = int(self.expert_bytes[0, layer])
+        if self.owners is None:
+            cache = layer if self.scope == "layer" else 0
+            return self.capacity_bytes[cache] // nbytes
+        own = np.unique(self.caches[layer * self.experts : (layer + 1) * self.experts])
+        return sum(self.capacity_bytes[cache] // nbytes for cache in own.tolist())
 
 
 class CacheView(Protocol):
@@ -138,7 +163,7 @@ class CacheView(Protocol):
         """Prefetches that wait for the link."""
 
     def free_bytes(self, layer: int) -> int:
-        """Unreserved bytes of the cache that serves ``layer``."""
+        """Unreserved bytes of the cache that serves ``layer``, or of its caches together."""
 
 
 class Policy(Protocol):

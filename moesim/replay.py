@@ -27,6 +27,7 @@ from moesim.engine.reference import ReferenceEngine
 from moesim.engine.setup import Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, past_facts, requests_of
+from moesim.placement import divide, place
 from moesim.profile import HardwareProfile, ModelProfile
 from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.registry import PolicySpec, resolve
@@ -83,6 +84,9 @@ class Request:
     allowed: Allowed = field(default_factory=Allowed)
     limit: int | None = None
     seed: int = 0
+    devices: int = 0
+    """0: as many as the hardware profile says."""
+    placement: str = "round-robin"
     ladder: bool = False
     engine: str = "fast"
     """"fast" or "reference"."""
@@ -202,6 +206,10 @@ class _Replay:
         self.store = RunStore(request.out) if request.out else None
         self.arrivals = parse_arrivals(request.arrivals)
         self._streams: dict[tuple[Inputs, ...], list[Bank]] = {}
+        if self.devices > 1 and request.engine == "fast":
+            raise UsageError(
+                "--engine fast: serves one device; use --engine reference, or --devices 1"
+            )
         self._future: KnownFuture | None = None
         self._calibration: IntArray | None = None
         self._in_hindsight = False
@@ -281,6 +289,11 @@ class _Replay:
 
     def _rungs(self) -> list[_Run]:
         """The runs that the oracle ladder compares with."""
+        if self.devices > 1:
+            raise UsageError(
+                "--ladder: its rungs are those of one device; leave out --devices, or say "
+                "--devices 1 beside a profile of several"
+            )
         if self._is_timed:
             raise UsageError("--ladder: its rungs see the future; leave out --arrivals")
         runs = [
@@ -317,13 +330,15 @@ class _Replay:
 
     def _setup(self, run: _Run) -> Setup:
         policy, capacity = run.spec.build(), run.capacity
+        owners = self.owners
         world = World(
             layers=self.meta.layers,
             experts=self.meta.experts,
             top_k=self.meta.top_k,
             expert_bytes=all_precisions(self.model),
-            capacity_bytes=capacity.capacity_bytes,
+            capacity_bytes=self._caches(capacity),
             scope=capacity.scope,
+            owners=owners,
             decode_from=decode_from(self.meta),
             seed=self.request.seed,
             costs=self.costs,
@@ -371,14 +386,35 @@ class _Replay:
         per_token = int(self.model.kv_bytes_table().sum())
         if not self.request.options.share_kv or not per_token:
             return -1
-        caches: Sequence[int] = capacity.capacity_bytes
+        caches = self._caches(capacity)
         sizes: list[int] = self.model.expert_bytes_table().tolist()
         room: list[int] = []
         for cache, whole in enumerate(caches):
-            largest = sizes[cache] if len(caches) > 1 else max(sizes)
+            largest = sizes[cache] if len(caches) == len(sizes) else max(sizes)
             least = largest * self.meta.top_k if largest * self.meta.top_k < whole else largest
             room.append(((whole - least + 1) * len(caches) - 1) // per_token)
         return max(0, min(room))
+
+    @property
+    def devices(self) -> int:
+        """How many devices serve."""
+        return self.request.devices or self.request.hardware.devices
+
+    @cached_property
+    def owners(self) -> IntArray | None:
+        """int64 [layers * experts], the device that holds each expert; None: there is one."""
+        how, meta = self.request.placement, self.meta
+        if self.devices == 1:
+            return None
+        uses = self.calibration() if how == "load" else None
+        return place(how, self.devices, meta.layers, meta.experts, uses)
+
+    def _caches(self, capacity: Capacity) -> tuple[int, ...]:
+        """Bytes of each cache."""
+        if self.owners is None:
+            return capacity.capacity_bytes
+        sizes = self.model.expert_bytes_table()
+        return divide(capacity.capacity_bytes, sizes, capacity.scope, self.owners)
 
     def _initial(
         self, spec: PolicySpec, policy: Policy, world: World
@@ -616,6 +652,7 @@ class _Replay:
                 "allowed": self._rested_on(run.inputs.needs),
                 "sizes_equal": bool(len(set(self.model.expert_bytes_table().tolist())) == 1),
                 "initial": run.manifest["initial"],
+                **self._several(),
                 **summarise(run.engine.tally, self.request.serving.warm),
                 "serving": self._serving(run),
             }
@@ -647,6 +684,10 @@ class _Replay:
         stands_in = stands_in and allowed.prefill_from_decode and "prefill" not in self.meta.phases
         return [*rested_on(needs, allowed, self.meta), *["prefill=decode"][: int(stands_in)]]
 
+    def _several(self) -> dict[str, Any]:
+        """Of several devices: how the experts lie."""
+        return {"placement": self.request.placement} if self.devices > 1 else {}
+
     def _store(self, run: _Run, wall_s: float) -> None:
         if self.store is None:
             return
@@ -664,6 +705,7 @@ class _Replay:
     def _is_bound(self, run: _Run) -> bool:
         needs = run.inputs.needs
         hindsight = Needs.CALIBRATION in needs or self._initial_kind(run.spec) == "static"
+        hindsight = hindsight or (self.devices > 1 and self.request.placement == "load")
         request = self.request
         blind = request.calibration is None and request.share is None
         taught = hindsight or Needs.PAST in needs
@@ -701,7 +743,7 @@ class _Replay:
         }
 
     def _manifest(self, spec: PolicySpec, capacity: Capacity, engine: str) -> dict[str, Any]:
-        request = self.request
+        request, several = self.request, self.devices > 1
         calibration = request.calibration
         initial, experts = self._initial_kind(spec), request.initial_experts
         if capacity.starts is not None:
@@ -736,6 +778,7 @@ class _Replay:
             "initial_experts": list(experts) if initial == "file" else [],
             "calibration": "hindsight" if self._in_hindsight and request.share else learned,
             "split": request.share.split.text if request.share else None,
+            **({"devices": self.devices, "placement": request.placement} if several else {}),
         }
 
 

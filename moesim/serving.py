@@ -318,7 +318,7 @@ class Server(Desk):
         self.apply(plan, Phase(gate.source.slots[0].phase))
         self.loads.wake()
         self._spend("plan", self.now())
-        self._compute(gate, waiting)
+        self._compute(gate, len(waiting))
         self.loads.log.add(log.END, self.now(), gate.event)
 
     def _compute_dense(self, layer: int, tokens: int, rows: Sequence[Row]) -> None:

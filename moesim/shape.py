@@ -67,7 +67,14 @@ def decode_from(meta: TraceMeta) -> int:
 
 def fitting(experts: Iterable[ExpertId], world: World, allocator: str) -> list[ExpertId]:
     """As many as fit, in order."""
-    ledger = Ledger(world.expert_bytes, world.experts, world.capacity_bytes, allocator=allocator)
+    caches = world.caches
+    ledger = Ledger(
+        world.expert_bytes,
+        world.experts,
+        world.capacity_bytes,
+        allocator=allocator,
+        caches=caches,
+    )
     left = list(world.capacity_bytes)
     chosen = []
     for expert in experts:
@@ -75,8 +82,7 @@ def fitting(experts: Iterable[ExpertId], world: World, allocator: str) -> list[E
             raise UsageError(
                 f"--initial: expert {expert} is out of range; ids end at {world.size - 1}"
             )
-        layer = expert // world.experts
-        cache = layer if world.scope == "layer" else 0
+        cache = int(caches[expert])
         nbytes = ledger.bytes_of[expert]
         if nbytes <= left[cache]:
             left[cache] -= nbytes

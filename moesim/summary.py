@@ -49,7 +49,39 @@ def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
         "quality": _quality(tally.quality),
         "log_digest": tally.log_digest,
         "decision_digest": tally.decision_digest,
+        **_devices(tally),
     }
+
+
+def _devices(tally: Tally) -> dict[str, Any]:
+    """What each of several devices did, and how unequal that was."""
+    if not tally.devices:
+        return {}
+    rows = [_device(device) for device in tally.devices]
+    even = {name: _imbalance([row[name] for row in rows]) for name in ("accesses", "experts_ns")}
+    return {"devices": rows, "imbalance": even}
+
+
+def _device(tally: Tally) -> dict[str, Any]:
+    counts = tally.counts()
+    names = ("accesses", "hits", "late_hits", "misses", "loads", "bytes_loaded")
+    return {
+        **{name: getattr(counts, name) for name in names},
+        "hit_rate": _ratio(counts.hits, counts.accesses),
+        "experts_ns": tally.times.experts,
+        "stall_ns": tally.times.stall,
+        "cpu_wait_ns": tally.times.cpu_wait,
+        "link_busy_ns": tally.link_busy_ns,
+        "evictions": tally.evictions,
+        "initial_bytes": tally.initial_bytes,
+        "resident_bytes": tally.resident_bytes,
+        "slowest": tally.slowest,
+    }
+
+
+def _imbalance(values: list[int]) -> float | None:
+    """The largest over the mean."""
+    return _ratio(max(values) * len(values), sum(values))
 
 
 def _counts(counts: Counts) -> dict[str, int]:

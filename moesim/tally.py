@@ -11,6 +11,19 @@ HIT, LATE, MISS = map(int, Status)
 FATES = ("used", "late", "wasted", "cancelled", "unused_at_end")
 """How a prefetch that was issued can end: a partition."""
 
+GATHERED = (
+    "initial_loads",
+    "initial_bytes",
+    "evictions",
+    "evicted_bytes",
+    "written_bytes",
+    "link_busy_ns",
+    "cancelled_bytes",
+    "in_flight_bytes",
+    "resident_bytes",
+)
+"""What several devices count each for itself, beside their phases and prefetches."""
+
 
 @dataclass(slots=True)
 class Counts:
@@ -43,6 +56,11 @@ class Counts:
             self.misses += 1
             self.miss_bytes += nbytes
 
+    def add(self, other: Counts) -> None:
+        """Count what another one counted."""
+        for name in Counts.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 @dataclass(slots=True)
 class Fates:
@@ -65,10 +83,19 @@ class Fates:
         self.count[fate] += 1
         self.nbytes[fate] += nbytes
 
+    def gather(self, other: Fates) -> None:
+        """Count what another one counted."""
+        for name in ("planned", "overtaken", "dropped", "issued", "polluting"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for fate in FATES:
+            self.count[fate] += other.count[fate]
+            self.nbytes[fate] += other.nbytes[fate]
+
 
 @dataclass(slots=True)
 class Times:
-    """Where the time of the compute lane went, in ns; the sum is the time of the run."""
+    """Where the time of the compute lane went, in ns; the sum is the time of the run. Of several
+    devices' lanes the slowest of each layer event counts."""
 
     initial: int = 0
     dense: int = 0
@@ -81,12 +108,14 @@ class Times:
     """Waiting for experts that run on the host."""
     idle: int = 0
     """No request to serve."""
+    exchange: int = 0
+    """Tokens travel between devices."""
 
     def total(self) -> int:
         """The time of the run."""
         return (
             self.initial + self.dense + self.experts + self.sync
-            + self.plan + self.stall + self.cpu_wait + self.idle
+            + self.plan + self.stall + self.cpu_wait + self.idle + self.exchange
         )  # fmt: skip
 
 
@@ -185,13 +214,37 @@ class Tally:
     peak_bytes: int = 0
     log_digest: str = ""
     decision_digest: str = ""
+    slowest: int = 0
+    """Of one of several devices: layer events that it ended last."""
+    devices: list[Tally] = field(default_factory=list)
+    """What each of several devices did, its lane's own times included; empty where there is one."""
+
+    def gather(self) -> None:
+        """At the end of a run: what all devices did together."""
+        for device in self.devices:
+            for mine, its in zip(self.phases, device.phases, strict=True):
+                mine.add(its)
+            self.prefetch.gather(device.prefetch)
+            for name in GATHERED:
+                setattr(self, name, getattr(self, name) + getattr(device, name))
 
     def broken_laws(self, now_ns: int) -> list[str]:
         """Which of the laws that hold at the end of a run do not (``tests/README.md``)."""
-        total, prefetch = self.counts(), self.prefetch
         laws = {
+            **self._books(),
+            "I1: misses": self.counts().misses == sum(self.served.values()),
+            "I11: time": self.times.total() == now_ns,
+        }
+        for number, device in enumerate(self.devices):
+            books = device._books()
+            laws |= {f"{name} of device {number}": holds for name, holds in books.items()}
+        return [name for name, holds in laws.items() if not holds]
+
+    def _books(self) -> dict[str, bool]:
+        """The laws that hold for each device as for all."""
+        total, prefetch = self.counts(), self.prefetch
+        return {
             "I1: accesses": total.accesses == total.hits + total.late_hits + total.misses,
-            "I1: misses": total.misses == sum(self.served.values()),
             "I2: bytes": total.bytes_loaded + self.initial_bytes
             == self.evicted_bytes
             + self.resident_bytes
@@ -200,14 +253,11 @@ class Tally:
             "prefetch partition": prefetch.issued == sum(prefetch.count.values()),
             "prefetch plan": prefetch.planned
             == prefetch.issued + prefetch.overtaken + prefetch.dropped,
-            "I11: time": self.times.total() == now_ns,
         }
-        return [name for name, holds in laws.items() if not holds]
 
     def counts(self) -> Counts:
         """Both phases together."""
         total = Counts()
         for phase in self.phases:
-            for name in Counts.__slots__:
-                setattr(total, name, getattr(total, name) + getattr(phase, name))
+            total.add(phase)
         return total

@@ -51,7 +51,7 @@ class Window:
         return self.count_queued()
 
     def free_bytes(self, layer: int) -> int:
-        """Unreserved bytes of the cache that serves ``layer``."""
+        """Unreserved bytes of the cache that serves ``layer``, or of its caches together."""
         return self._free_bytes(layer)
 
     @contextmanager
@@ -64,12 +64,21 @@ class Window:
             self._candidates = ()
 
 
+def serving_caches(cache_of: Sequence[int], experts: int) -> list[list[int]]:
+    """For each layer the caches that hold experts of it."""
+    return [
+        sorted(set(cache_of[first : first + experts])) for first in range(0, len(cache_of), experts)
+    ]
+
+
 class View(Window):
     """The window on a ledger; the host that has jobs and a queue sets ``count_jobs`` and
     ``count_queued``."""
 
     def __init__(self, ledger: Ledger) -> None:
+        serving = serving_caches(ledger.cache_of[: ledger.size], ledger.experts)
+
         def free_bytes(layer: int) -> int:
-            return ledger.free(ledger.cache_of[layer * ledger.experts])
+            return sum(ledger.free(cache) for cache in serving[layer])
 
         super().__init__(ledger.state[: ledger.size], lambda: 0, lambda: 0, free_bytes)

@@ -125,7 +125,7 @@ class ARC(LRU):
         """Empty lists for each cache."""
         super().begin(world)
         slots = self.shares(world)
-        self.group: IntArray = np.repeat(np.arange(len(slots)), world.size // len(slots))
+        self.group = self.groups(world)
         self.segment = np.zeros(world.size, np.int8)
         self.lists = [Lists(count) for count in slots]
         self.awaited: Names = {}
@@ -133,8 +133,11 @@ class ARC(LRU):
 
     def shares(self, world: World) -> list[int]:
         """Slots of each cache."""
-        caches = world.layers if world.scope == "layer" else 1
-        return [world.slots(cache) for cache in range(caches)]
+        return world.cache_slots
+
+    def groups(self, world: World) -> IntArray:
+        """int64 [layers * experts]: whose lists each expert stands in."""
+        return world.caches
 
     def gate(self, gate: Gate) -> None:
         """Hits move up, misses teach."""

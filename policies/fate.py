@@ -137,6 +137,12 @@ class ShallowARC(ARC):
         slots = max(0, world.slots(0) - 2 * world.top_k)
         return shares(slots, world.layers, world.experts, self.shallow)
 
+    def groups(self, world: World) -> IntArray:
+        """Those of its layer, or of its layer's cache."""
+        if world.scope == "layer":
+            return super().groups(world)
+        return np.repeat(np.arange(world.layers), world.experts)
+
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Layers above their share below the others, each by ARC."""
         held = np.array([sum(one.held.values()) for one in self.lists])

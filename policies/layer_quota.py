@@ -202,7 +202,8 @@ class LayerQuota(LRU):
         """Deal the slots; nothing is held."""
         super().begin(world)
         self.experts = world.experts
-        slots = world.capacity_bytes[0] // int(world.expert_bytes[0].max())
+        held = world.capacity_bytes[0] if world.scope == "layer" else sum(world.capacity_bytes)
+        slots = held // int(world.expert_bytes[0].max())
         if world.scope == "layer" or world.past is None:
             dealt = even(slots, world.layers, world.experts)
         else:

@@ -210,7 +210,7 @@ def slots_of(world: World) -> list[int]:
     if world.scope == "layer":
         held = [world.slots(layer) for layer in range(world.layers)]
     else:
-        held = [world.capacity_bytes[0] // int(world.expert_bytes[0].sum())] * world.layers
+        held = [sum(world.capacity_bytes) // int(world.expert_bytes[0].sum())] * world.layers
     return [min(n, world.experts) for n in held]
 
 

@@ -57,12 +57,12 @@ class PinnedLRU(LRU):
         nbytes = np.repeat(world.expert_bytes[0], world.experts)
         self.pinned = np.zeros(world.size, np.int64)
         share = round(self.share * PROBABILITY_ONE)
-        own = world.experts if world.scope == "layer" else world.size
+        caches = world.caches
         for cache, capacity in enumerate(world.capacity_bytes):
-            part = slice(cache * own, (cache + 1) * own)
+            part = np.flatnonzero(caches == cache)
             most = capacity * share // PROBABILITY_ONE
             chosen = popular(world.calibration[part], nbytes[part], most)
-            self.pinned[part][chosen] = PIN
+            self.pinned[part[chosen]] = PIN
 
     def note(self, fact: Note) -> None:
         """What was there at the start was touched before everything else, the first last."""

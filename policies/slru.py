@@ -80,30 +80,36 @@ class SLRU(LRU):
     def begin(self, world: World) -> None:
         """Everything is on probation."""
         super().begin(world)
-        caches = world.layers if world.scope == "layer" else 1
+        caches = len(world.capacity_bytes)
         self.size = world.size
-        self.span = world.size // caches
+        self.cache: list[int] = world.caches.tolist()
         self.segment = np.zeros(world.size, np.int64)
         self.before = np.arange(world.size + caches)
         self.after = np.arange(world.size + caches)
         self.held = [0] * caches
-        self.limit = [int(self.protected * world.slots(cache)) for cache in range(caches)]
+        self.limit = [int(self.protected * slots) for slots in world.cache_slots]
 
     def gate(self, gate: Gate) -> None:
         """Hits are promoted; all are touched; the protected segment sheds what is too much, least
         recent first, as the most recent of probation."""
-        if not len(gate.experts):
-            return
-        cache = int(gate.experts[0]) // self.span
-        head = self.size + cache
-        self.held[cache] += promote(
-            self.segment, self.before, self.after, head, gate.experts, gate.status
-        )
+        caches = np.array([self.cache[expert] for expert in gate.experts.tolist()])
+        asked = np.unique(caches).tolist()
+        for cache in asked:
+            own = caches == cache
+            self.held[cache] += promote(
+                self.segment,
+                self.before,
+                self.after,
+                self.size + cache,
+                gate.experts[own],
+                gate.status[own],
+            )
         touch(self.score, self.clock, gate.experts)
-        while self.held[cache] > self.limit[cache]:
-            oldest = int(self.after[head])
-            self._demote(oldest)
-            touch(self.score, self.clock, np.array([oldest]))
+        for cache in asked:
+            while self.held[cache] > self.limit[cache]:
+                oldest = int(self.after[self.size + cache])
+                self._demote(oldest)
+                touch(self.score, self.clock, np.array([oldest]))
 
     def note(self, fact: Note) -> None:
         """What went starts again on probation."""
@@ -112,7 +118,7 @@ class SLRU(LRU):
 
     def _demote(self, expert: int) -> None:
         demote(self.segment, self.before, self.after, expert)
-        self.held[expert // self.span] -= 1
+        self.held[self.cache[expert]] -= 1
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Probation below the protected, each by last touch."""

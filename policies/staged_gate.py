@@ -78,6 +78,7 @@ class StagedGate(PrefetchSeat):
     def begin(self, world: World) -> None:
         """Nothing is staged."""
         self.world = world
+        self.caches: list[int] = world.caches.tolist()
         self.staged: dict[ExpertId, int] = {}
         """Speculated copy, planned or there -> the layer event that it is for."""
         self.promised: dict[ExpertId, ExpertId] = {}
@@ -127,8 +128,7 @@ class StagedGate(PrefetchSeat):
 
     def _together(self, one: ExpertId, other: ExpertId) -> bool:
         """Whether one cache holds both."""
-        experts = self.world.experts
-        return self.world.scope != "layer" or one // experts == other // experts
+        return self.caches[one] == self.caches[other]
 
     def _leaves(self, expert: ExpertId) -> None:
         """No longer staged; what was promised its place, or its own promise, is settled."""

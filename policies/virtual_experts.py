@@ -160,6 +160,7 @@ class VirtualExperts(PrefetchSeat):
     def begin(self, world: World) -> None:
         """Nothing was seen; the first set is known."""
         self.world = world
+        self.caches: list[int] = world.caches.tolist()
         self.held = self._slots(world)
         self.prior = self._prior(world, self.initial)
         self.worth = self.prior
@@ -384,16 +385,16 @@ class VirtualExperts(PrefetchSeat):
         taken = set(self._places.values())
         retired = np.flatnonzero(self.retired.mask & (cache.states == RESIDENT)).tolist()
         for place in [*retired, *given, goes]:
-            if place >= 0 and place not in taken and self._fits(place, layer):
+            together = place >= 0 and self.caches[place] == self.caches[comes]
+            if together and place not in taken and self._fits(place, layer):
                 return int(place)
         return None
 
     def _fits(self, place: ExpertId, layer: int) -> bool:
         """Whether a newcomer of a layer may take the bytes of an expert that has to go."""
         there = place // self.world.experts
-        apart = self.world.scope == "layer" and there != layer
         wanted = self.wanted[there, place % self.world.experts]
-        return not apart and not wanted and self._nbytes[there] >= self._nbytes[layer]
+        return not wanted and self._nbytes[there] >= self._nbytes[layer]
 
     def _free_bytes(self, layer: int, cache: CacheView) -> int:
         """Bytes that neither a copy holds nor a newcomer in the queue will take."""
@@ -433,7 +434,7 @@ class VirtualExperts(PrefetchSeat):
         sizes = [int(b) for b in world.expert_bytes[0]]
         nbytes = sum(n * size for n, size in zip(asked, sizes, strict=True))
         over = [n > r for n, r in zip(asked, room, strict=True)]
-        if any(over) if world.scope == "layer" else nbytes > world.capacity_bytes[0]:
+        if any(over) if world.scope == "layer" else nbytes > sum(world.capacity_bytes):
             raise UsageError(
                 f"prefetch.slots={self.slots}: more than --capacity holds; give more, with "
                 "--scope global one number of bytes for all layers"

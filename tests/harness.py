@@ -23,6 +23,7 @@ from moesim.policy import Policy, SeatPolicy, World
 from moesim.protocol import initially
 from moesim.registry import PolicySpec, resolve
 from moesim.shape import all_precisions, expert_norms
+from moesim.shape import fitting as fitting_world
 from moesim.tally import Tally
 from moesim.types import Needs, Plan, State
 from moesim.workload import (
@@ -97,6 +98,8 @@ def inputs_of(policy: Policy) -> Inputs:
 
 def fitting(case: Case, experts: Sequence[int]) -> list[int]:
     """As many of these experts as fit, in order."""
+    if case.owners:
+        return fitting_world(experts, world_of(case), case.options.allocator)
     left, booked = list(case.capacity_bytes), case.booked()
     chosen = []
     for expert in experts:
@@ -108,24 +111,32 @@ def fitting(case: Case, experts: Sequence[int]) -> list[int]:
     return chosen
 
 
-def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
-    """A configuration as ``moesim.replay`` would make it."""
-    future = future_of(case)
-    size = case.meta.layers * case.meta.experts
-    costs = make_costs(case.model, case.hardware)
-    world = World(
+def world_of(case: Case) -> World:
+    """The shape of a case's world."""
+    return World(
         layers=case.meta.layers,
         experts=case.meta.experts,
         top_k=case.meta.top_k,
         expert_bytes=all_precisions(case.model),
         capacity_bytes=case.capacity_bytes,
-        scope="layer" if case.meta.layers == 1 else case.scope,
+        scope="layer" if case.meta.layers == 1 and not case.owners else case.scope,
         decode_from=case.meta.stack_ranges()[-1][1],
         seed=case.seed,
-        costs=costs,
-        calibration=future.counts if Needs.CALIBRATION in policy.needs else None,
         expert_norms=expert_norms(case.meta),
         expert_parts=case.meta.expert_parts,
+        owners=np.array(case.owners) if case.owners else None,
+    )
+
+
+def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
+    """A configuration as ``moesim.replay`` would make it."""
+    future = future_of(case)
+    size = case.meta.layers * case.meta.experts
+    costs = make_costs(case.model, case.hardware)
+    world = replace(
+        world_of(case),
+        costs=costs,
+        calibration=future.counts if Needs.CALIBRATION in policy.needs else None,
         past=past_of(case, inputs_of(policy)) if Needs.PAST in policy.needs else None,
         future=future if Needs.FUTURE in policy.needs else None,
     )

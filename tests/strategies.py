@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from moesim.engine.setup import Options
 from moesim.hashing import hash64
+from moesim.placement import PLACEMENTS, divide, place
 from moesim.policies import SEATS
 from moesim.policies.presets import PRESETS
 from moesim.profile import (
@@ -24,6 +25,7 @@ from moesim.profile import (
     ConstantExpert,
     HardwareProfile,
     Host,
+    Interconnect,
     Link,
     Memory,
     ModelProfile,
@@ -92,6 +94,10 @@ class Case:
     seed: int = 0
     past: tuple[RequestRows, ...] = ()
     """What policies may learn from; empty: some request that is none of these."""
+    owners: tuple[int, ...] = ()
+    """The device of each expert; empty: there is one."""
+    by_layer: bool = False
+    """With several devices: whether each has a cache for each layer."""
 
     @property
     def model(self) -> ModelProfile:
@@ -101,10 +107,13 @@ class Case:
     @property
     def scope(self) -> str:
         """The scope of the capacity."""
+        if self.owners:
+            return "layer" if self.by_layer else "global"
         return "layer" if len(self.capacity_bytes) > 1 else "global"
 
     def booked(self, precision: int = 0) -> list[int]:
         """Bytes that the allocator books for an expert of each layer."""
+        assert not self.owners
         full: list[int] = self.model.expert_bytes_table().tolist()
         if self.options.allocator == "slots":
             return [max(full)] * len(full) if self.scope == "global" else full
@@ -120,8 +129,10 @@ class Case:
         return (
             f"Case(layers={model.layers}, experts={model.experts}, stacks={len(model.stacks)}, "
             f"bytes={model.expert_bytes[0]}, requests={asked}, {machine.link}, {machine.compute}, "
-            f"{machine.host}, capacity={self.capacity_bytes}, {self.options}, batch={self.batch}, "
-            f"chunk_tokens={self.chunk_tokens}, initial={self.initial!r}, {self.charged=})"
+            f"{machine.host}, owners={self.owners}, by_layer={self.by_layer}, "
+            f"{machine.interconnect}, capacity={self.capacity_bytes}, {self.options}, "
+            f"batch={self.batch}, chunk_tokens={self.chunk_tokens}, initial={self.initial!r}, "
+            f"{self.charged=})"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -418,6 +429,71 @@ def cases(
         initial=draw(st.sampled_from(["", "", "cold", "some", "all"])),
         charged=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
+    )
+
+
+def spread(
+    case: Case,
+    devices: int,
+    how: str = "round-robin",
+    *,
+    slots: int = 0,
+    by_layer: bool = False,
+    host: float = math.inf,
+    between: Interconnect | None = None,
+) -> Case:
+    """The same on several devices.
+
+    slots : experts that they hold together, of each layer with ``by_layer``; 0: all of them.
+    host : links that the host can serve at their own rate.
+    """
+    meta, sizes = case.meta, case.model.expert_bytes_table()
+    uses = np.zeros(meta.layers * meta.experts, np.int64)
+    for rows in case.requests:
+        there = rows.experts != DROPPED
+        ids = rows.layer[:, None].astype(np.int64) * meta.experts + rows.experts
+        np.add.at(uses, ids[there], 1)
+    owners = place(how, devices, meta.layers, meta.experts, uses)
+    scope = "layer" if by_layer else "global"
+    each = slots or meta.experts
+    if by_layer:
+        given = tuple(int(size) * each for size in sizes)
+    else:
+        given = (slots * int(sizes.max()) or int(sizes.sum()) * meta.experts * devices,)
+    machine, link = case.hardware, case.hardware.link
+    several = replace(
+        machine,
+        devices=devices,
+        interconnect=between,
+        host=replace(machine.host, links_bytes_per_s=host * link.bytes_per_s),
+    )
+    return replace(
+        case,
+        owners=tuple(owners.tolist()),
+        by_layer=by_layer,
+        capacity_bytes=divide(given, sizes, scope, owners),
+        hardware=several,
+    )
+
+
+@st.composite
+def several(draw: st.DrawFn) -> Case:
+    """A case on up to three devices."""
+    case = draw(cases())
+    meta = case.meta
+    how = draw(st.sampled_from(PLACEMENTS))
+    devices = draw(st.integers(1, min(3, meta.layers if how == "layers" else meta.experts)))
+    by_layer = draw(st.booleans())
+    least = devices * (1 if by_layer else 2)
+    most = max(least, meta.experts if by_layer else meta.layers * meta.experts)
+    return spread(
+        case,
+        devices,
+        how,
+        slots=draw(st.integers(least, most)),
+        by_layer=by_layer,
+        host=draw(st.sampled_from([math.inf, 1.0, 1.5, 2.0])),
+        between=draw(st.sampled_from([None, Interconnect(math.inf, 0), Interconnect(0.5e9, 3)])),
     )
 
 

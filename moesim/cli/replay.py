@@ -126,6 +126,19 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--bandwidth", metavar="RATE", help="link bandwidth instead, e.g. 4GB/s")
     group.add_argument(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="devices that share the experts out, and --capacity [as --hardware says]",
+    )
+    group.add_argument(
+        "--placement",
+        choices=("round-robin", "load", "layers"),
+        default="round-robin",
+        help="which device owns an expert: dealt one by one, by use in the past, or layers as a "
+        "whole [round-robin]",
+    )
+    group.add_argument(
         "--order",
         choices=("ready", "barrier"),
         default="ready",
@@ -240,6 +253,7 @@ def _request(args: argparse.Namespace) -> Request:
     capacities: Sequence[str | Capacity] = _words(args.capacity, "25%")
     trace, settings = trace_path(args.trace), args.set
     costs = None if args.costs is None else load_model(args.costs)
+    hardware = _hardware(args)
     if args.plan is not None:
         refuse_beside_plan(args)
         plan = planned(args.plan, trace, costs)
@@ -247,7 +261,7 @@ def _request(args: argparse.Namespace) -> Request:
         settings = [*plan.settings, *settings]
     return Request(
         trace=trace,
-        hardware=_hardware(args),
+        hardware=hardware,
         policies=tuple(PRESETS) if policies == ("all",) else policies,
         capacities=capacities,
         settings=settings,
@@ -273,6 +287,8 @@ def _request(args: argparse.Namespace) -> Request:
         allowed=parse_allowed(args.allow),
         limit=args.limit,
         seed=args.seed,
+        devices=args.devices or 0,
+        placement=args.placement,
         ladder=args.ladder or (policies == ("all",) and args.arrivals == "back-to-back"),
         engine=args.engine,
         out=args.out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import simpy
 
@@ -35,11 +35,14 @@ class Link(Loads):
             lambda: clock.now, ledger, answers, costs, tally, staging, arrived, blocked
         )
         self.clock = clock
+        self.beside: Sequence[Link] = ()
+        """The links of the other devices, where the host cannot serve all at their own rate."""
         self._asleep: simpy.Event | None = None
         self._write_back = write_back
         self._back_ns = 0
         """When the other direction will have sent all that left (duplex), or how long that will
         take (serial)."""
+        self._shared: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def wake(self) -> None:
         """Something changed: perhaps the link may send again."""
@@ -47,26 +50,42 @@ class Link(Loads):
             asleep, self._asleep = self._asleep, None
             self.clock.fire(asleep, LINK_GRANT)
 
+    @property
+    def awake(self) -> bool:
+        """Whether it sends, or is about to look for what to send."""
+        return self._asleep is None
+
     def run(self) -> Process:
         """Send, chunk by chunk, for ever."""
         while True:
-            yield self.clock.after(0, LINK_GRANT)
-            transfer = self._next()
-            if transfer is None:
-                self._asleep = self.clock.event()
-                yield self._asleep
-                continue
-            yield from self._send(transfer)
+            self._asleep = self.clock.event()
+            yield self._asleep
+            while (transfer := self._next()) is not None:
+                yield from self._send(transfer)
+                yield self.clock.after(0, LINK_GRANT)
 
     def _send(self, transfer: Transfer) -> Process:
-        last = len(transfer.ends) if transfer.demanded else transfer.sent + 1
-        duration = transfer.ends[last - 1] - transfer.moved_ns
-        duration = self._crossed(duration, whole=last == len(transfer.ends))
+        # What other links take may change at the end of each chunk.
+        whole = transfer.demanded and not self.beside
+        last = len(transfer.ends) if whole else transfer.sent + 1
+        ends = self._ends_beside(transfer)
+        duration = ends[last - 1] - (ends[transfer.sent - 1] if transfer.sent else 0)
+        duration = self._crossed(duration, whole=last == len(ends))
         start = self.clock.now
         self._in_service = transfer
         yield self.clock.after(duration, LOAD_DONE)
         self._in_service = None
         self._sent(transfer, last, start, self.clock.now)
+
+    def _ends_beside(self, transfer: Transfer) -> tuple[int, ...]:
+        """The ends of a load's chunks while as many links as now draw on the host."""
+        if not self.beside:
+            return transfer.ends
+        links = 1 + sum(link.awake for link in self.beside)
+        asked = self.ledger.copy_bytes[transfer.key], links
+        if asked not in self._shared:
+            self._shared[asked] = self._costs.shared_ends(*asked)
+        return self._shared[asked]
 
     # ---- the other direction (rule 13) -----------------------------------------------------------
 

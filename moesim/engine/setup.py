@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moesim.costs import Costs
 from moesim.errors import UsageError
 from moesim.protocol import Policy, World
@@ -62,12 +64,19 @@ class Setup:
     initial_charged: bool = True
     kv_bytes_per_token: int = 0
 
+    def load_ns(self, nbytes: int, links: int) -> int:
+        """One whole load while so many links draw on the host."""
+        if not self.costs.hardware.must_share(links):
+            return self.costs.load_ns(nbytes)
+        return self.costs.shared_ends(nbytes, links)[-1]
+
     def refuse_crowded(self, context_tokens: int, left_bytes: Sequence[int]) -> None:
         """UsageError where the KV cache leaves a cache less than one expert."""
-        for cache, nbytes in enumerate(left_bytes):
-            layers = self.world.expert_bytes[0]
-            largest = int(layers[cache] if len(left_bytes) > 1 else layers.max())
-            if nbytes < largest:
+        largest = np.zeros(len(left_bytes), np.int64)
+        sizes = np.repeat(self.world.expert_bytes[0], self.world.experts)
+        np.maximum.at(largest, self.world.caches, sizes)
+        for nbytes, least in zip(left_bytes, largest.tolist(), strict=True):
+            if nbytes < least:
                 raise UsageError(
                     f"--kv share: {context_tokens} tokens of KV cache leave {nbytes} bytes for "
                     "experts, less than one; give more --capacity or fewer requests at once"
