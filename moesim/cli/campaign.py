@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from moesim.cli.options import path, positive, seed, words
+from moesim.ask.arguments import path, positive, seed, words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import path as _path
-from moesim.cli.options import positive as _positive
-from moesim.cli.options import seed as _seed
+from moesim.ask.arguments import path as _path
+from moesim.ask.arguments import positive as _positive
+from moesim.ask.arguments import seed as _seed
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import (
+from moesim.ask.arguments import (
     add_one_policy,
     hardware,
     initial,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import hardware, path, positive, seed, words
+from moesim.ask.arguments import hardware, path, positive, seed, words
 from moesim.cli.quality import add_text, ready, wanted
 from moesim.errors import UsageError
 

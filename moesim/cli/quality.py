@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli.options import add_one_policy, hardware, path, positive, seed, words
+from moesim.ask.arguments import add_one_policy, hardware, path, positive, seed, words
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:

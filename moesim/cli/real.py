@@ -7,8 +7,7 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moesim.cli import campaign, generate, quality, suite
-from moesim.cli.options import (
+from moesim.ask.arguments import (
     add_one_policy,
     hardware,
     initial,
@@ -18,6 +17,7 @@ from moesim.cli.options import (
     seed,
     words,
 )
+from moesim.cli import campaign, generate, quality, suite
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:

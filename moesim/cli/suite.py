@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from moesim.cli.options import path, positive, seed
+from moesim.ask.arguments import path, positive, seed
 from moesim.errors import NotRunError, UsageError
 
 _EPILOG = """Run it again to go on: what is finished is not done again. Each model is one process.

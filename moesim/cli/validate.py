@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moesim.cli.options import path as _path
+from moesim.ask.arguments import path as _path
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:

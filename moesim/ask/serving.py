@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from moesim.cli.options import positive
+from moesim.ask.arguments import positive
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
