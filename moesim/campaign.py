@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim import configuration, replay
+from moesim import configuration, replays
 from moesim.configuration import Configuration
 from moesim.degrade import Allowed
 from moesim.engine.setup import Options
@@ -311,8 +311,8 @@ class _Made:
         self, hardware: HardwareProfile, out: Path | None = None, limit: int | None = None
     ) -> list[dict[str, Any]]:
         campaign = self.campaign
-        answer = replay.replay(
-            replay.Request(
+        answer = replays.replay(
+            replays.Request(
                 trace=self.trace,
                 hardware=hardware,
                 policies=campaign.policies,

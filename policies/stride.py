@@ -2,7 +2,7 @@
 
 A small network for each layer maps what the layer's gate sees to the experts of layer ``l + 2``
 (section 4.1; stride 2, so that the predictor's own time is hidden). It is fitted beforehand by
-``moesim fit --policy promoe`` and stored in an ``.npz`` file; ``moesim.fit`` says how.
+``moesim fit --policy promoe`` and stored in an ``.npz`` file; ``moesim.fitting`` says how.
 
 ProMoE's input is the hidden state. A trace holds none, so the input here is what the trace has of
 the gate: the probabilities of all experts, else the weights of the chosen ones, else the chosen

@@ -32,7 +32,7 @@ from moesim.workload import Inputs, StaticBatch
 
 
 class Decided(Protocol):
-    """The part of a plan that determines a run (``moesim.plan.file.Planned``)."""
+    """The part of a plan that determines a run (``moesim.planning.file.Planned``)."""
 
     @property
     def policy(self) -> str:
@@ -48,7 +48,7 @@ class Decided(Protocol):
 
 
 class PlanLike(Protocol):
-    """What `moesim plan` decided (``moesim.plan.file.load_plan`` reads one)."""
+    """What `moesim plan` decided (``moesim.planning.file.load_plan`` reads one)."""
 
     def run(self, layers: int, experts: int, expert_bytes: Sequence[int]) -> Decided:
         """What a model of this shape is given. Raises UsageError if the plan is for another."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def compiled() -> None:
     """Compile the fast engine before any test looks at what a command prints."""
     from moesim.profile import load_hardware
-    from moesim.replay import Request, replay
+    from moesim.replays import Request, replay
     from moesim.traces.samples import trace_path
 
     # One that sees the future as well: what tells it is compiled apart.

@@ -129,7 +129,7 @@ def world_of(case: Case) -> World:
 
 
 def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
-    """A configuration as ``moesim.replay`` would make it."""
+    """A configuration as ``moesim.replays`` would make it."""
     future = future_of(case)
     size = case.meta.layers * case.meta.experts
     costs = make_costs(case.model, case.hardware)

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from moesim.advise import Question, Target, advise, parse_slo
-from moesim.advise.curve import Point, sizes
-from moesim.advise.room import room
-from moesim.advise.trust import SHIPPED, read_trust, variants
-from moesim.advise.verdict import frugal, knee, least_factor, meets, recommended
+from moesim.advice import Question, Target, advise, parse_slo
+from moesim.advice.curve import Point, sizes
+from moesim.advice.room import room
+from moesim.advice.trust import SHIPPED, read_trust, variants
+from moesim.advice.verdict import frugal, knee, least_factor, meets, recommended
 from moesim.cli import main
 from moesim.errors import UsageError
 from moesim.profile import load_hardware, load_model
-from moesim.replay import Progress, Request, replay
+from moesim.replays import Progress, Request, replay
 from moesim.traces.samples import trace_path
 
 KEPT = Path(__file__).parent / "data" / "validation" / "amd-epyc"

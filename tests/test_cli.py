@@ -513,7 +513,7 @@ def test_a_finished_run_is_not_made_again(
 ) -> None:
     words = ("replay", "--trace", tiny, "--policy", "lru", "--out", tmp_path)
     first = answer(*words)
-    monkeypatch.setattr("moesim.replay.ReferenceEngine", lambda setup: pytest.fail("ran again"))
+    monkeypatch.setattr("moesim.replays.ReferenceEngine", lambda setup: pytest.fail("ran again"))
     assert answer(*words) == first
 
 

@@ -25,7 +25,7 @@ from moesim.profile import (
     Memory,
     ModelProfile,
 )
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.convert import convert
 
 L, E, K, TOKENS = 3, 12, 2, 12

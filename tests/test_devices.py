@@ -21,7 +21,7 @@ from moesim.placement import PLACEMENTS, Travel, divide, place
 from moesim.policies.presets import PRESETS
 from moesim.profile import HardwareProfile, Interconnect, load_hardware
 from moesim.protocol import World
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.shape import all_precisions
 from moesim.tally import Tally
 from moesim.timeline import DEVICES, chrome_events

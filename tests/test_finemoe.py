@@ -21,7 +21,7 @@ from moesim.policies.presets import PRESETS
 from moesim.policy import PrefetchSeat, SeatPolicy, check_policy
 from moesim.profile import ModelProfile, load_hardware
 from moesim.registry import resolve
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.traces.schema import TraceMeta
 from moesim.traces.synth import Synth, synthesise

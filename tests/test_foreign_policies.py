@@ -13,7 +13,7 @@ from moesim.cli import main
 from moesim.cli.replay import _initial
 from moesim.errors import MoesimError, UsageError
 from moesim.profile import load_hardware
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 
 POLICY = """

@@ -18,7 +18,7 @@ from moesim.policies.presets import PRESETS
 from moesim.policy import check_policy
 from moesim.profile import load_hardware, load_model
 from moesim.registry import resolve
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.types import DROPPED
 from tests.harness import Run, run

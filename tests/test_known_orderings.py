@@ -14,7 +14,7 @@ import pytest
 
 from moesim.past import Share, parse_split
 from moesim.profile import HardwareProfile, Roofline, load_hardware, load_model
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.traces.synth import Synth, synth_model, synthesise
 from tests.harness import run

@@ -23,7 +23,7 @@ from moesim.engine.setup import Options
 from moesim.errors import PolicyError, UsageError
 from moesim.policy import CacheView, PlainPolicy, World
 from moesim.profile import Constant, ConstantExpert, HardwareProfile
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.reader import RequestFacts
 from moesim.traces.schema import TraceMeta
 from moesim.traces.writer import TraceWriter

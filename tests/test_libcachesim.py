@@ -31,7 +31,7 @@ import pytest
 
 from moesim.engine.setup import Options
 from moesim.profile import ModelProfile, load_hardware
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.convert import convert
 from moesim.traces.head import head
 from moesim.traces.reader import Columns, TraceReader

@@ -29,8 +29,8 @@ from moesim.profile import load_hardware
 from moesim.real.offload_generate import Prompted, generate, prompts_of
 from moesim.real.offload_options import Options
 from moesim.registry import policy_names
-from moesim.replay import Request as ReplayRequest
-from moesim.replay import replay
+from moesim.replays import Request as ReplayRequest
+from moesim.replays import replay
 from moesim.traces.batches import BatchRecorder, Encoded, Generation
 from moesim.traces.gate_taps import Wanted
 from moesim.traces.gates import find_gates

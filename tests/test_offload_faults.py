@@ -361,7 +361,7 @@ def test_slots_that_do_not_fit_are_refused_and_fewer_go_on(
 def test_an_interrupt_while_quality_is_measured_keeps_whole_runs(tmp_path: Path) -> None:
     """The runs that ended are in the file, no thread is left, and it goes on from there."""
     from moesim.capacity import Capacity
-    from moesim.plan.file import Planned
+    from moesim.planning.file import Planned
     from moesim.real.quality import Bench
     from moesim.real.quality_runs import Losses
     from moesim.real.quality_text import Wanted

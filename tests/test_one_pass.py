@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moesim.profile import load_hardware
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 
 

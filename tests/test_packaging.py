@@ -132,7 +132,7 @@ def test_everything_that_is_imported_is_declared(project: dict[str, Any]) -> Non
     for path in (p for folder in ("moesim", *LINKED) for p in (ROOT / folder).rglob("*.py")):
         inside = path.relative_to(ROOT)
         extra = EXTRA_OF.get(inside.parts[0], "record" if inside.name == "record.py" else "")
-        extra = "plan" if inside.parts[:2] == ("moesim", "plan") else extra
+        extra = "plan" if inside.parts[:2] == ("moesim", "planning") else extra
         more = "quality" if inside.name == "quality_rouge.py" else ""
         if not _linked(path):
             may = named([*extras.get(extra, ()), *extras.get(more, ())])

@@ -14,7 +14,7 @@ from moesim.errors import NotRunError, TraceError, UsageError
 from moesim.past import Share, Split, parse_split, past_facts, requests_of
 from moesim.policy import PlainPolicy
 from moesim.profile import load_hardware
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.reader import TraceReader
 from moesim.traces.samples import trace_path
 from moesim.types import NO_PLAN, Fact, Gate, JobDone, Needs, Plan, RequestBegin

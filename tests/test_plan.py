@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from moesim.cli import main
 from moesim.costs import make_costs
 from moesim.errors import MoesimError, UsageError
-from moesim.plan import rivals
-from moesim.plan.file import Plan, load_plan, plan_text, save_plan
-from moesim.plan.fit import (
+from moesim.planning import rivals
+from moesim.planning.file import Plan, load_plan, plan_text, save_plan
+from moesim.planning.fit import (
     Fitting,
     fit_linear,
     fit_net,
@@ -28,18 +28,18 @@ from moesim.plan.fit import (
     lacking_slots,
     spearman,
 )
-from moesim.plan.genetic import Genetic
-from moesim.plan.latency import fit_latency, make_terms
-from moesim.plan.planner import Planner
-from moesim.plan.rehearse import best_masses, rehearse
-from moesim.plan.request import Request
-from moesim.plan.space import Space, capacity_of
-from moesim.plan.survey import survey
-from moesim.plan.sweep import Tried, knee, periods_to
-from moesim.plan.trials import Replays, Trial
+from moesim.planning.genetic import Genetic
+from moesim.planning.latency import fit_latency, make_terms
+from moesim.planning.planner import Planner
+from moesim.planning.rehearse import best_masses, rehearse
+from moesim.planning.request import Request
+from moesim.planning.space import Space, capacity_of
+from moesim.planning.survey import survey
+from moesim.planning.sweep import Tried, knee, periods_to
+from moesim.planning.trials import Replays, Trial
 from moesim.profile import load_hardware, load_model
 from moesim.registry import resolve
-from moesim.replay import Request as ReplayRequest
+from moesim.replays import Request as ReplayRequest
 from moesim.shape import expert_norms
 from moesim.traces.reader import TraceReader
 from moesim.traces.samples import trace_path

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesim.errors import UsageError
-from moesim.plan import rivals
-from moesim.plan.genetic import Genetic, drawn_slots, filled, search, trimmed
-from moesim.plan.space import FloatArray, Found, Model, Problem, Space, one
+from moesim.planning import rivals
+from moesim.planning.genetic import Genetic, drawn_slots, filled, search, trimmed
+from moesim.planning.space import FloatArray, Found, Model, Problem, Space, one
 from moesim.types import IntArray
 
 QUICK = Genetic(population=32, generations=80, patience=30)

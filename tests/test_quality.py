@@ -23,7 +23,7 @@ import moesim.real
 from moesim.capacity import Capacity
 from moesim.cli import main
 from moesim.errors import UsageError
-from moesim.plan.file import Planned, load_plan
+from moesim.planning.file import Planned, load_plan
 from moesim.real.offload_bank import SlotBank
 from moesim.real.offload_options import Options
 from moesim.real.quality import Bench, Judged, judge

@@ -17,7 +17,7 @@ import pytest
 
 from moesim.degrade import parse_allowed
 from moesim.profile import load_hardware, load_model
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.convert import convert
 from moesim.traces.head import head
 from moesim.traces.reader import TraceReader

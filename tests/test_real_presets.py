@@ -20,8 +20,8 @@ from moesim.policies.presets import PRESETS
 from moesim.profile import ModelProfile, load_hardware
 from moesim.real.run import RealRequest, execute
 from moesim.rehearsal import simulated
-from moesim.replay import Request as ReplayRequest
-from moesim.replay import replay
+from moesim.replays import Request as ReplayRequest
+from moesim.replays import replay
 from moesim.traces.head import head
 from moesim.traces.samples import trace_path
 from moesim.types import Serve

@@ -21,7 +21,7 @@ from moesim.policies.staged_gate import StagedGate
 from moesim.policy import check_policy
 from moesim.profile import load_hardware, load_model
 from moesim.registry import resolve
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.traces.synth import Synth, synth_model, synthesise
 from moesim.types import DROPPED

@@ -31,7 +31,7 @@ from moesim.policy import World, check_policy
 from moesim.profile import load_hardware
 from moesim.protocol import SeatPolicy
 from moesim.registry import resolve
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.types import (
     DROPPED,

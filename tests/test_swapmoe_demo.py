@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim.plan.file import Plan, load_plan
-from moesim.plan.fit import Fitting, fit_net, held_out, holding_out, spearman
-from moesim.plan.genetic import Genetic, search
-from moesim.plan.space import FloatArray, Problem, Space
-from moesim.plan.survey import Survey
+from moesim.planning.file import Plan, load_plan
+from moesim.planning.fit import Fitting, fit_net, held_out, holding_out, spearman
+from moesim.planning.genetic import Genetic, search
+from moesim.planning.space import FloatArray, Problem, Space
+from moesim.planning.survey import Survey
 from moesim.types import IntArray
 
 DATA = Path(__file__).parent / "data" / "validation" / "swapmoe-demo"

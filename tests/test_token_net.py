@@ -29,7 +29,7 @@ from moesim.policies.token_net import (
 )
 from moesim.policy import check_policy
 from moesim.profile import load_hardware, load_model
-from moesim.replay import Request, replay
+from moesim.replays import Request, replay
 from moesim.traces.samples import trace_path
 from moesim.traces.synth import Synth, synth_model, synthesise
 from moesim.types import DROPPED, PROBABILITY_ONE, Needs

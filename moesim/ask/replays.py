@@ -20,7 +20,7 @@ from moesim.errors import MoesimError, UsageError
 
 if TYPE_CHECKING:
     from moesim.capacity import Capacity
-    from moesim.replay import Request
+    from moesim.replays import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,10 +182,10 @@ def request_from(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.engine.setup import Options
     from moesim.past import Share, parse_split
-    from moesim.plan.file import planned
+    from moesim.planning.file import planned
     from moesim.policies.presets import PRESETS
     from moesim.profile import load_model
-    from moesim.replay import Request
+    from moesim.replays import Request
     from moesim.traces.samples import trace_path
 
     if args.trace is None:

@@ -16,9 +16,9 @@ from moesim.ask.arguments import words as _words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
-    from moesim.advise import Question
+    from moesim.advice import Question
     from moesim.cli.progress import Progress
-    from moesim.replay import Request
+    from moesim.replays import Request
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -104,7 +104,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Advise and print; 0."""
-    from moesim.advise import advise
+    from moesim.advice import advise
     from moesim.cli.progress import requests_progress
 
     def stage(name: str) -> AbstractContextManager[Progress]:
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace) -> Question:
-    from moesim.advise import Question, parse_slo
+    from moesim.advice import Question, parse_slo
     from moesim.capacity import parse_bytes
 
     budget = None if args.budget is None else parse_bytes(args.budget, "--budget")
@@ -139,7 +139,7 @@ def _request(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.past import Share, parse_split
     from moesim.profile import load_model
-    from moesim.replay import Request
+    from moesim.replays import Request
     from moesim.traces.samples import trace_path
 
     return Request(

@@ -15,7 +15,7 @@ from moesim.ask.arguments import seed as _seed
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
-    from moesim.fit import Progress
+    from moesim.fitting import Progress
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -80,7 +80,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit, write and tell; 0."""
-    from moesim.fit import Request, fit, save
+    from moesim.fitting import Request, fit, save
     from moesim.past import parse_split
     from moesim.traces.samples import trace_path
 

@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(args: argparse.Namespace) -> Prompted:
-    from moesim.plan.file import load_plan
+    from moesim.planning.file import load_plan
     from moesim.real.offload_generate import Prompted
     from moesim.real.offload_options import Options
 

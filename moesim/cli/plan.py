@@ -16,9 +16,9 @@ from moesim.cli.quality import add_text, ready, wanted
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
-    from moesim.plan.file import Alternative, Estimate
-    from moesim.plan.planner import Answer, Planner
-    from moesim.plan.request import Request
+    from moesim.planning.file import Alternative, Estimate
+    from moesim.planning.planner import Answer, Planner
+    from moesim.planning.request import Request
     from moesim.traces.schema import TraceMeta
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -167,7 +167,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan and print; 0."""
-    from moesim.plan.file import save_plan
+    from moesim.planning.file import save_plan
 
     if args.out is not None and (not args.out.parent.is_dir() or args.out.is_dir()):
         raise UsageError(f"--out {args.out}: cannot be written there; name a file in a folder")
@@ -201,7 +201,7 @@ def _files(args: argparse.Namespace) -> list[Path | None]:
 def _planner(args: argparse.Namespace) -> Iterator[Planner]:
     """A planner; with ``--runs real`` the model is there meanwhile."""
     from moesim.cli.progress import requests_progress
-    from moesim.plan.planner import Planner
+    from moesim.planning.planner import Planner
 
     request = _request(args)
     if args.runs != "real":
@@ -243,7 +243,7 @@ def _refuse_other(meta: TraceMeta, planner: Planner, args: argparse.Namespace) -
 def _request(args: argparse.Namespace) -> Request:
     from moesim.degrade import parse_allowed
     from moesim.past import TRAIN, Share, parse_split
-    from moesim.plan.request import Request
+    from moesim.planning.request import Request
     from moesim.profile import load_model
     from moesim.traces.samples import trace_path
 

@@ -231,13 +231,13 @@ def _named(args: argparse.Namespace) -> list[tuple[str, Options]]:
 
 
 def _planned(args: argparse.Namespace) -> list[tuple[str, Options]]:
-    from moesim.plan.file import load_plan
+    from moesim.planning.file import load_plan
 
     plan = load_plan(args.plan)
     if not args.rivals:
         return [(plan.method, _options(args, plan=plan))]
-    from moesim.plan.contest import contestants
-    from moesim.plan.survey import survey
+    from moesim.planning.contest import contestants
+    from moesim.planning.survey import survey
 
     return [
         (

@@ -255,7 +255,7 @@ def _what(args: argparse.Namespace) -> Request:
     from moesim.configuration import Request
     from moesim.degrade import parse_allowed
     from moesim.past import Share, parse_split
-    from moesim.plan.file import planned
+    from moesim.planning.file import planned
     from moesim.profile import load_model
     from moesim.traces.samples import trace_path
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Replay and print; 0."""
     from moesim.cli.progress import requests_progress
     from moesim.cli.table import print_replay
-    from moesim.replay import replay
+    from moesim.replays import replay
 
     if args.follow is not None:
         return _follow(args)

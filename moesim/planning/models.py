@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from moesim.costs import Costs
-from moesim.plan.fit import Held, fit_linear, fit_net, held_out, holding_out, lacking_slots
-from moesim.plan.latency import Latency, fit_latency, make_terms
-from moesim.plan.request import Request
-from moesim.plan.space import BoolArray, FloatArray, Model, Space
-from moesim.plan.survey import Survey
-from moesim.plan.trials import Trial, columns
+from moesim.planning.fit import Held, fit_linear, fit_net, held_out, holding_out, lacking_slots
+from moesim.planning.latency import Latency, fit_latency, make_terms
+from moesim.planning.request import Request
+from moesim.planning.space import BoolArray, FloatArray, Model, Space
+from moesim.planning.survey import Survey
+from moesim.planning.trials import Trial, columns
 from moesim.types import IntArray
 
 

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 
 from moesim.errors import NotRunError, UsageError
-from moesim.plan.genetic import filled
-from moesim.plan.space import FloatArray, Found, Problem, Space
+from moesim.planning.genetic import filled
+from moesim.planning.space import FloatArray, Found, Problem, Space
 from moesim.types import IntArray
 
 _MOST_ALLOCATIONS = 2_000_000

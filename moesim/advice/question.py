@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.errors import UsageError
-from moesim.replay import Request
+from moesim.replays import Request
 
 METRICS = ("tpot", "ttft")
 STATISTICS = ("mean", "p50", "p90", "p99")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.plan.space import FloatArray
+from moesim.planning.space import FloatArray
 from moesim.policies.importance import relative, shares, summed, worth
 from moesim.types import DROPPED, AnyArray, IntArray
 from moesim.workload import Work

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.plan.space import FloatArray
+from moesim.planning.space import FloatArray
 from moesim.types import IntArray
 
 ENCODINGS = ("uses", "slots")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moesim.advise.question import STATISTICS
-from moesim.advise.trust import Trust
+from moesim.advice.question import STATISTICS
+from moesim.advice.trust import Trust
 from moesim.errors import NotRunError
 from moesim.profile import HardwareProfile
-from moesim.replay import Progress, Request, replay
+from moesim.replays import Progress, Request, replay
 
 SHARES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 90, 100)
 """Per cent of all experts: the points of the curve."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moesim.advise.curve import Point
-from moesim.advise.question import Target
+from moesim.advice.curve import Point
+from moesim.advice.question import Target
 
 WORTH = 0.05
 """Memory that makes decoding no more than this share quicker is not worth having."""

@@ -24,18 +24,18 @@ from moesim.costs import Costs, make_costs
 from moesim.degrade import lacking
 from moesim.errors import NotRunError, UsageError
 from moesim.past import requests_of
-from moesim.plan import rivals
-from moesim.plan.file import Alternative, Estimate, Plan, Planned
-from moesim.plan.genetic import drawn_slots, filled, search, trimmed
-from moesim.plan.knobs import Knobs, knobs_of
-from moesim.plan.latency import (
+from moesim.planning import rivals
+from moesim.planning.file import Alternative, Estimate, Plan, Planned
+from moesim.planning.genetic import drawn_slots, filled, search, trimmed
+from moesim.planning.knobs import Knobs, knobs_of
+from moesim.planning.latency import (
     ExpertProfile,
     profile_experts,
 )
-from moesim.plan.models import Ground, Models, Samples, fitted
-from moesim.plan.rehearse import Kept, rehearse
-from moesim.plan.request import Request
-from moesim.plan.space import (
+from moesim.planning.models import Ground, Models, Samples, fitted
+from moesim.planning.rehearse import Kept, rehearse
+from moesim.planning.request import Request
+from moesim.planning.space import (
     BoolArray,
     FloatArray,
     Found,
@@ -45,9 +45,9 @@ from moesim.plan.space import (
     capacity_of,
     one,
 )
-from moesim.plan.survey import Survey, survey
-from moesim.plan.sweep import Tried, knee, periods_to
-from moesim.plan.trials import (
+from moesim.planning.survey import Survey, survey
+from moesim.planning.sweep import Tried, knee, periods_to
+from moesim.planning.trials import (
     QUALITIES,
     Evaluate,
     Replays,
@@ -58,7 +58,7 @@ from moesim.plan.trials import (
     unwatched,
 )
 from moesim.profile import ModelProfile
-from moesim.replay import Request as ReplayRequest
+from moesim.replays import Request as ReplayRequest
 from moesim.result import source_digest
 from moesim.shape import expert_norms
 from moesim.traces.reader import Columns, TraceReader

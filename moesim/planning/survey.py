@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moesim.past import Share, requests_of
-from moesim.plan.space import FloatArray
+from moesim.planning.space import FloatArray
 from moesim.traces.check import check_request
 from moesim.traces.reader import TraceReader
 from moesim.traces.schema import TraceMeta

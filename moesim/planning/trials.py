@@ -11,8 +11,8 @@ import numpy as np
 
 from moesim.capacity import Capacity
 from moesim.errors import UsageError
-from moesim.plan.space import FloatArray, Slots, Space, capacity_of
-from moesim.replay import Progress, Request, replay
+from moesim.planning.space import FloatArray, Slots, Space, capacity_of
+from moesim.replays import Progress, Request, replay
 from moesim.types import ExpertId, IntArray
 
 QUALITIES = {

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.costs import Costs
-from moesim.plan.space import FloatArray, Space
-from moesim.plan.survey import Survey
+from moesim.planning.space import FloatArray, Space
+from moesim.planning.survey import Survey
 from moesim.types import IntArray
 
 METRICS = ("tpot", "ttft", "request")

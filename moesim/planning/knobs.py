@@ -17,7 +17,7 @@ class Knobs:
     swaps_default: int = 0
     spare: str = "none"
     rehearsed: bool = False
-    """Whether ``moesim.plan.rehearse`` knows it."""
+    """Whether ``moesim.planning.rehearse`` knows it."""
 
 
 _KNOBS = {"swapmoe": Knobs("prefetch.period", "prefetch.swaps", 0, "layer", True)}

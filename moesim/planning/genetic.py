@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moesim.errors import UsageError
-from moesim.plan.space import FloatArray, Found, Problem, Slots, Space
+from moesim.planning.space import FloatArray, Found, Problem, Slots, Space
 from moesim.types import IntArray
 
 REPAIRS = ("fill", "trim", "none")

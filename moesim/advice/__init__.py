@@ -4,7 +4,7 @@
 simulated times may be off, ``curve`` latency against memory, ``verdict`` the answer in words.
 """
 
-from moesim.advise.advisor import advise
-from moesim.advise.question import Question, Target, parse_slo
+from moesim.advice.advisor import advise
+from moesim.advice.question import Question, Target, parse_slo
 
 __all__ = ["Question", "Target", "advise", "parse_slo"]

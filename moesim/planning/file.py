@@ -14,7 +14,7 @@ import numpy as np
 
 from moesim.capacity import Capacity
 from moesim.errors import UsageError
-from moesim.plan.space import SPARES, Slots, Space, capacity_of
+from moesim.planning.space import SPARES, Slots, Space, capacity_of
 from moesim.profile import ModelProfile
 from moesim.shape import shaped
 from moesim.traces.reader import Columns, TraceReader

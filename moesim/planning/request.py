@@ -10,11 +10,11 @@ from pathlib import Path
 from moesim.degrade import Allowed
 from moesim.errors import UsageError
 from moesim.past import Share
-from moesim.plan.fit import ENCODINGS, Fitting
-from moesim.plan.genetic import Genetic
-from moesim.plan.latency import METRICS
-from moesim.plan.space import SPARES
-from moesim.plan.trials import QUALITIES
+from moesim.planning.fit import ENCODINGS, Fitting
+from moesim.planning.genetic import Genetic
+from moesim.planning.latency import METRICS
+from moesim.planning.space import SPARES
+from moesim.planning.trials import QUALITIES
 from moesim.profile import HardwareProfile, ModelProfile
 
 METHODS = ("genetic", "uniform", "greedy", "importance", "evolution", "exact")
@@ -53,7 +53,7 @@ class Request:
     tolerance: float = 0.02
     """What the sweep of the period takes for a rise of latency, as a share."""
     runs: str = ""
-    """What random allocations are run by: the rehearsal (``moesim.plan.rehearse``), of which
+    """What random allocations are run by: the rehearsal (``moesim.planning.rehearse``), of which
     ``checks`` are replayed as well, or replay, or the model itself (``real``, of which ``checks``
     are replayed for their latency); "": the rehearsal where the policy has one."""
     configs: int = 200

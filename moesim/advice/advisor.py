@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moesim.advise.curve import (
+from moesim.advice.curve import (
     SHARES,
     TRIAL_REQUESTS,
     TRIAL_SHARES,
@@ -16,13 +16,13 @@ from moesim.advise.curve import (
     finalists,
     sizes,
 )
-from moesim.advise.question import Question, Target
-from moesim.advise.room import Room, longest_context, room
-from moesim.advise.trust import SHIPPED, Trust, read_trust, variants
-from moesim.advise.verdict import knee, least_factor, meets, recommended
+from moesim.advice.question import Question, Target
+from moesim.advice.room import Room, longest_context, room
+from moesim.advice.trust import SHIPPED, Trust, read_trust, variants
+from moesim.advice.verdict import knee, least_factor, meets, recommended
 from moesim.policies.presets import PRESETS
 from moesim.profile import ModelProfile
-from moesim.replay import Progress, replay
+from moesim.replays import Progress, replay
 from moesim.shape import shaped
 from moesim.traces.reader import Columns, TraceReader
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moesim.capacity import Capacity
-from moesim.plan.file import Plan, Planned
-from moesim.plan.space import Slots, capacity_of
-from moesim.plan.trials import initial_experts
+from moesim.planning.file import Plan, Planned
+from moesim.planning.space import Slots, capacity_of
+from moesim.planning.trials import initial_experts
 from moesim.types import IntArray
 
 STATIC = ("prune-importance", "prune-magnitude", "prune-random")

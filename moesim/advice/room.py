@@ -8,7 +8,7 @@ from itertools import islice
 from moesim.errors import UsageError
 from moesim.past import requests_of
 from moesim.profile import HardwareProfile, ModelProfile
-from moesim.replay import Request
+from moesim.replays import Request
 from moesim.traces.reader import Columns, TraceReader
 
 
