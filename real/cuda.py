@@ -379,14 +379,20 @@ class Claim:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def require(cuda: Any = None) -> None:
-    """NotRunError where there is no CUDA device, or none that answers."""
+def require(cuda: Any = None, *, use: bool = True) -> None:
+    """NotRunError where there is no CUDA device, or none that answers.
+
+    use : ask it; this process then holds a part of it to its end, and where a device serves one
+    process at a time keeps it from all others.
+    """
     module = cuda or _CUDA
     if not module.is_available():
         raise NotRunError(
             "not run: --device cuda: torch finds no CUDA device here; "
             "use --device cpu, or install torch for this machine's driver"
         )
+    if not use:
+        return
     try:
         module.mem_get_info()
     except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -66,7 +68,8 @@ class HostBank:
         return self.regions[region][place]
 
     def _add(self, count: int, first: int, block: AnyArray, pin: Pin | None) -> None:
-        region = _reserved(count, self.stride)
+        room = _reserved if pin is None else _reserved_pages
+        region = room(count, self.stride)
         rows = region.numpy()
 
         def fill(row: int) -> None:
@@ -91,6 +94,28 @@ def _reserved(count: int, stride: int) -> torch.Tensor:
     try:
         return torch.empty(count, stride, dtype=torch.uint8)
     except RuntimeError as error:
+        raise UsageError(f"RAM ran out: {error}; give less --capacity or --ram") from None
+
+
+def whole_pages(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] in pages of its own, large ones where the system has them: what a device
+    registers is pages, and none may be registered twice.
+
+    Raises
+    ------
+    OSError
+        If RAM runs out.
+    """
+    held = mmap.mmap(-1, max(1, nbytes))
+    with suppress(OSError, AttributeError):
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=torch.uint8)[:nbytes]
+
+
+def _reserved_pages(count: int, stride: int) -> torch.Tensor:
+    try:
+        return whole_pages(count * stride).view(count, stride)
+    except (OSError, RuntimeError) as error:
         raise UsageError(f"RAM ran out: {error}; give less --capacity or --ram") from None
 
 

@@ -18,6 +18,7 @@ from moesim.errors import UsageError
 from moesim.profile import Memory, ModelProfile
 from moesim.real.attention import without_cudnn
 from moesim.real.cuda import Pins, compute_type, free_cached, pinned, require
+from moesim.real.host_bank import whole_pages
 from moesim.real.kernels import DenseParts, Inputs, mlp, said_of
 from moesim.real.measure import (
     ALONE,
@@ -247,7 +248,7 @@ class CudaBench:
         self._pageable = torch.zeros(2 * largest, dtype=torch.uint8)
         # Exact (torch's own allocator rounds up to powers of two), or pageable where the system
         # refuses.
-        self._pinned = torch.zeros(2 * largest, dtype=torch.uint8)
+        self._pinned = whole_pages(2 * largest).fill_(0)
         self._why_not = self._pins.pin(self._pinned)
         self._is_pinned = not self._why_not
         # Experts and weights, as a router says them of one token.

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from moesim.errors import UsageError
+from moesim.real.device import Arrival
 from moesim.real.experts_parcel import Experts, Parcel
+from moesim.real.host_bank import whole_pages
 from moesim.real.memory import usable_bytes
 from moesim.real.slots import SlotLedger
 from moesim.workload import Row
@@ -54,8 +56,8 @@ class HostBank:
         layer = len(self._regions)
         nbytes = self.parcels[layer].stride * self.counts[layer]
         try:
-            region = torch.empty(nbytes, dtype=torch.uint8)
-        except RuntimeError as error:
+            region = whole_pages(nbytes) if self.pinned else torch.empty(nbytes, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"RAM ran out at layer {layer} of the experts ({self.nbytes / 1e9:.1f} GB in all): "
                 f"{error}; use a smaller model or dtype"
@@ -86,8 +88,8 @@ class HostBank:
 class Mover(Protocol):
     """Copies parcels into slots, and knows when a slot may be overwritten."""
 
-    def copy(self, slot: Tensor, source: Tensor, begin: int, end: int) -> None:
-        """Bytes of a parcel; back when they are there."""
+    def copy(self, slot: Tensor, source: Tensor, begin: int, end: int) -> Arrival | None:
+        """Bytes of a parcel; the last ones are there when it is back, and all before them."""
 
     def used(self, slot: Tensor) -> None:
         """What computes from the slot has been handed to the device."""
@@ -114,18 +116,22 @@ class StreamMover:
         self._last_use: dict[int, torch.cuda.Event] = {}
         """Address of a slot -> when what computes from it has ended."""
 
-    def copy(self, slot: Tensor, source: Tensor, begin: int, end: int) -> None:
-        """Bytes of a parcel, behind the last use of the slot; back when they are there."""
+    def copy(self, slot: Tensor, source: Tensor, begin: int, end: int) -> Arrival | None:
+        """Bytes of a parcel, behind the last use of the slot."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             last_use = self._last_use.pop(slot.data_ptr(), None)
             if last_use is not None:
                 self._stream.wait_event(last_use)
             slot[begin:end].copy_(source[begin:end], non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(self._stream)
+            arrived: Arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(self._stream)  # type: ignore[attr-defined]
+        if end < len(source):
+            # The next chunk is given while this one moves.
+            return arrived
         # Waiting leaves the interpreter to the other threads. Kernels that are launched after it
         # see the bytes, so they need not wait for the event themselves.
         arrived.synchronize()
+        return None
 
     def used(self, slot: Tensor) -> None:
         """Mark the computing stream's place, which the next copy into the slot waits for."""
@@ -149,6 +155,9 @@ class SlotBank:
         self._mover: Mover = StreamMover(device) if device.type == "cuda" else RamMover()
         self._slots = {size: self._bank(count) for size, count in self.counts.items()}
         self._views: dict[tuple[int, int, Parcel], Views] = {}
+        if device.type == "cuda":
+            # The zeros are there before another stream copies into them.
+            torch.cuda.synchronize(device)
 
     def attend(self, ledger: SlotLedger) -> None:
         """A new run begins, with the same slots and empty books."""
@@ -162,13 +171,13 @@ class SlotBank:
 
     # ---- what lanes ask --------------------------------------------------------------------------
 
-    def copy(self, key: int, slot: int, begin: int, end: int) -> None:
+    def copy(self, key: int, slot: int, begin: int, end: int) -> Arrival | None:
         """Bytes of an expert into its slot."""
         layer, expert = self._place(key)
         # The books count a parcel's bytes without what fills its cache lines.
         if end >= self._ledger.copy_bytes[key]:
             end = self.host.parcels[layer].stride
-        self._mover.copy(self._slot(key, slot), self.host.row(layer, expert), begin, end)
+        return self._mover.copy(self._slot(key, slot), self.host.row(layer, expert), begin, end)
 
     def views(self, key: int, slot: int) -> Views:
         """The tensors of the expert in a slot."""

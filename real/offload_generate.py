@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from moesim.errors import UsageError
+from moesim.real.errors import ExecutionError
 from moesim.real.offload_model import Offloading, offload
 from moesim.real.offload_options import Options, norms_of
 from moesim.traces.batches import BatchRecorder, Encoded, Generation
@@ -25,7 +26,8 @@ from moesim.traces.parts import Parts, parts_folder
 from moesim.traces.prompt_sources import BUILT_IN, Prompt, PromptSource, open_prompts
 from moesim.traces.reader import Int32s, RequestFacts
 from moesim.traces.record import Recording, encode, meta_of, plan_of, refuse_place, too_long
-from moesim.types import Needs
+from moesim.traces.record_model import load
+from moesim.types import AnyArray, Needs
 
 Progress = Callable[[int, int], None]
 Said = Callable[[int, str], None]
@@ -37,6 +39,7 @@ class Prompted:
     """What to generate. Names are those of the command line.
 
     prompts : a file, ``builtin``, or the text of one prompt.
+    check : compare all tokens with those of the model as it is, which is loaded beside.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Prompted:
     dtype: str = "auto"
     tokenizer: str | None = None
     trace_out: Path | None = None
+    check: bool = False
     options: Options = field(default_factory=Options)
 
 
@@ -59,7 +63,8 @@ def generate(
     Raises
     ------
     MoesimError
-        For whatever a user can mend. Nothing half-written is kept.
+        For whatever a user can mend. Nothing half-written is kept. ``ExecutionError`` for the
+        first prompt of a check whose tokens differ.
     """
     if asked.trace_out is not None:
         refuse_place(asked.trace_out, "--trace-out")
@@ -159,9 +164,18 @@ class _Generation:
             self.recording.generation,
             embeddings=self.recording.embeddings,
         )
+        self.checked = _Checked(self, wanted) if asked.check else None
 
     def run(self) -> dict[str, Any]:
         """Generate for every batch, then end the run."""
+        try:
+            return self._run()
+        except BaseException:
+            # Between two batches nobody else would end it.
+            self.handle.abandon()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         trace = self.asked.trace_out
         if trace is None:
             for batch in self._batches():
@@ -177,6 +191,7 @@ class _Generation:
             "hardware": self.handle.asked.hardware.name,
             "device": self.asked.device,
             "trace_out": None if trace is None else str(trace),
+            "checked": None if self.checked is None else self.checked.prompts,
             "requests": self.spoken,
             "runs": [summary],
         }
@@ -204,6 +219,8 @@ class _Generation:
         return self.recorder.outputs
 
     def _ran(self, batch: Sequence[Encoded], outputs: Sequence[Int32s]) -> None:
+        if self.checked is not None:
+            self.checked.compare(batch, outputs)
         tokenizer = self.handle.loaded.tokenizer
         for one, output in zip(batch, outputs, strict=True):
             text = str(tokenizer.decode(output.tolist(), skip_special_tokens=True))
@@ -248,6 +265,50 @@ class _Generation:
             ahead=tuple(inputs.distances) if Needs.AHEAD in inputs.needs else (),
             norms=Needs.NORMS in inputs.needs,
         )
+
+
+class _Checked:
+    """The model as it is, beside the offloaded one; they must say the same.
+
+    ``prompts`` : how many have.
+    """
+
+    def __init__(self, ours: _Generation, wanted: Wanted) -> None:
+        asked, handle = ours.asked, ours.handle
+        if handle.asked.lossy:
+            raise UsageError(
+                f"--check: {handle.asked.name} executes other experts than the model chose, so "
+                "other tokens are no error; `moesim real quality` says what that costs"
+            )
+        device = asked.device
+        plain = load(asked.model, tokenizer=asked.tokenizer, device=device, dtype=asked.dtype)
+        # The arithmetic that an offloaded model has.
+        plain.model.set_experts_implementation("eager")
+        self.prompts = 0
+        self._speaking = _Speaking(plain, handle.gates, wanted, ours.recording.generation)
+
+    def compare(self, batch: Sequence[Encoded], outputs: Sequence[Int32s]) -> None:
+        """Generate for the batch; ExecutionError naming the first token that differs."""
+        self._speaking.generate(batch)
+        for one, ours, expected in zip(batch, outputs, self._speaking.outputs, strict=True):
+            if not np.array_equal(ours, expected):
+                at = int(np.argmin(_equal(ours, expected)))
+                raise ExecutionError(
+                    f"--check: prompt {one.request}: token {at} is {_token(ours, at)} with its "
+                    f"experts offloaded, and {_token(expected, at)} in the model as it is"
+                )
+        self.prompts += len(batch)
+
+
+def _equal(one: Int32s, other: Int32s) -> AnyArray:
+    """bool: where two outputs agree, False behind the end of the shorter."""
+    shared = min(len(one), len(other))
+    found: AnyArray = np.append(one[:shared] == other[:shared], False)
+    return found
+
+
+def _token(output: Int32s, at: int) -> str:
+    return str(output[at]) if at < len(output) else "none"
 
 
 def _unwatched(done: int, total: int) -> None:

@@ -150,6 +150,7 @@ class Offloading:
         else:
             fill(model, gates.layers, self.experts, self.bank, folder)
         _place(model, device)
+        self.live.place(device)
         self.slots: SlotBank | None = None
         self.run: Run | None = None
         self.requests: Iterator[int] | None = None

@@ -142,7 +142,7 @@ class LayerCall:
         self._hidden = hidden
         self._ids = chosen.ids
         self._weights = chosen.weights
-        self._order: tuple[IntArray, IntArray] | None = None
+        self._order: tuple[Tensor, IntArray] | None = None
         self._shares: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -163,12 +163,12 @@ class LayerCall:
 
     def compute(self, expert: int, weights: Mapping[str, Tensor]) -> None:
         """An expert's share: all rows that chose it, those of padding too (they are free then)."""
-        token, place = self._rows_of(expert)
-        device = self._hidden.device
-        at, by = torch.from_numpy(token).to(device), torch.from_numpy(place).to(device)
+        at, by = self._rows_of(expert)
+        # Experts that the host computes lie there, whatever the model's device is.
+        where = next(iter(weights.values())).device
         with torch.no_grad():
-            made = self._experts.compute(self._hidden[at], weights)
-            self._shares[expert] = (at, made * self._weights[at, by, None])
+            made = self._experts.compute(self._hidden[at].to(where), weights)
+            self._shares[expert] = (at, made.to(at.device) * self._weights[at, by, None])
 
     def sum(self) -> Tensor:
         """[N, hidden]; rows whose experts nobody else asked for stay zero."""
@@ -178,17 +178,18 @@ class LayerCall:
                 total.index_add_(0, at, share.to(total.dtype))
         return total
 
-    def _rows_of(self, expert: int) -> tuple[IntArray, IntArray]:
-        """(rows, ranks) that chose an expert, by rank and then row, as the library has them."""
+    def _rows_of(self, expert: int) -> Tensor:
+        """(rows, ranks) that chose an expert, by rank and then row, as the library has them: int64
+        [2, n], a part of what has come to the device at once for all experts."""
         if self._order is None:
             flat = self._ids.T.reshape(-1)
             order = np.argsort(flat, kind="stable")
-            self._order = order, flat[order]
-        order, flat = self._order
+            place, token = np.divmod(order, len(self._ids))
+            there = torch.from_numpy(np.stack([token, place])).to(self._hidden.device)
+            self._order = there, flat[order]
+        there, flat = self._order
         first, last = np.searchsorted(flat, (expert, expert + 1))
-        at = order[first:last]
-        place, token = np.divmod(at, len(self._ids))
-        return token, place
+        return there[:, first:last]
 
 
 # ---- serving it ----------------------------------------------------------------------------------

@@ -90,6 +90,10 @@ class LiveGates:
         for at, layer in enumerate(self.layers):
             self._handles += _hooks(layer, self._seen[at])
 
+    def place(self, device: torch.device) -> None:
+        """What routers were handed beside their input lies where the model does from now on."""
+        self._calls = {key: _moved(call, device) for key, call in self._calls.items()}
+
     def detach(self) -> None:
         """Take them away."""
         for handle in self._handles:
@@ -204,6 +208,14 @@ class LiveGates:
         named = np.where(host < 0, DROPPED, host).astype(np.uint16)
         made: AnyArray = by_weight(named, weights.float().cpu().numpy())[0][cut]
         return made
+
+
+def _moved(call: Call, device: torch.device) -> Call:
+    def there(value: Any) -> Any:
+        return value.to(device) if torch.is_tensor(value) else value
+
+    args, kwargs = call
+    return tuple(map(there, args)), {name: there(value) for name, value in kwargs.items()}
 
 
 def _steps(values: AnyArray) -> AnyArray:

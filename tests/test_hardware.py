@@ -54,6 +54,7 @@ CONTEXT = 16
 """Positions that a decoded token reads, about."""
 HIT, MISS = int(Status.HIT), int(Status.MISS)
 GIB = 1 << 30
+BUFFERS = 24 * GIB
 
 
 def request(policy: str, model: ModelProfile, **more: Any) -> Request:
@@ -64,7 +65,8 @@ def request(policy: str, model: ModelProfile, **more: Any) -> Request:
 
 def ran(what: Request, out: Path, **more: Any) -> dict[str, Any]:
     """A run on the device."""
-    asked = RealRequest(what, device="cuda", out=out, **more)
+    # A large model's experts share buffers: what is filled and pinned is enough to copy from.
+    asked = RealRequest(what, device="cuda", out=out, **{"ram_bytes": BUFFERS, **more})
     run: dict[str, Any] = execute(asked, simulate=partial(simulated))["runs"][0]
     return run
 
@@ -136,6 +138,30 @@ def test_attention_is_attention(cuts: tuple[int, ...], window: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("policy", "batch"), [("lru", 1), ("next-gate", 4), ("finemoe", 1)])
+def test_an_offloaded_model_says_what_the_model_says(policy: str, batch: int) -> None:
+    pytest.importorskip("transformers")
+    from moesim.real.offload_generate import Prompted, generate
+    from moesim.real.offload_options import Options
+
+    how = Options(policy=policy, capacity="10%")
+    asked = Prompted("demo", limit=8, batch=batch, max_new_tokens=32, device="cuda", check=True,
+                     options=how)  # fmt: skip
+    told = generate(asked)
+    assert told["checked"] == 8 and told["runs"][0]["device"]["pinned"]
+
+
+def test_experts_on_the_host_serve_a_model_on_the_device() -> None:
+    pytest.importorskip("transformers")
+    from moesim.real.offload_generate import Prompted, generate
+    from moesim.real.offload_options import Options
+
+    asked = Prompted("demo", limit=2, max_new_tokens=8, device="cuda",
+                     options=Options(policy="cpu", capacity="25%"))  # fmt: skip
+    run = generate(asked)["runs"][0]
+    assert run["served"]["cpu"] > 0
+
+
 # ---- how fast ------------------------------------------------------------------------------------
 
 
@@ -186,6 +212,17 @@ def floor_ns(run: dict[str, Any], hardware: HardwareProfile) -> float:
         hits = status.count(HIT) * costs.expert_ns(1, layer)
         total += costs.dense_ns(1, CONTEXT, layer) + max(copies, hits) + costs.expert_ns(1, layer)
     return total
+
+
+def test_the_device_tells_where_the_time_went(decoding: Path, tmp_path: Path) -> None:
+    """On a slow link of large experts nearly all is stall; by itself the host would see none."""
+    what = request("lru", load_model(LARGE), trace=decoding, capacity="10%")
+    run = ran(what, tmp_path, timeline=True)
+    times = run["times_ns"]
+    assert sum(times.values()) == run["time_ns"] and sum(run["layer_stall_ns"]) == times["stall"]
+    copied_ns = run["bytes_loaded"] * 1e9 / run["link_bytes_per_s"]
+    assert 0.7 * copied_ns <= times["stall"] + times["experts"] <= 1.3 * copied_ns
+    assert min(times["dense"], times["experts"]) > 0
 
 
 def test_decode_on_demand_is_near_its_floor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from moesim.policy import CacheView, PlainPolicy
 from moesim.profile import load_hardware
 from moesim.real.offload_generate import Prompted, generate, prompts_of
 from moesim.real.offload_options import Options
+from moesim.real.offload_serve import LayerCall
 from moesim.registry import policy_names
 from moesim.replays import Request as ReplayRequest
 from moesim.replays import replay
@@ -153,6 +155,24 @@ def check_demo(policy: str, batch: int, prompts: list[str], new: int) -> None:
             at = torch.ones(len(a), dtype=torch.bool) if step == 0 else live[:, step - 1]
             assert torch.equal(a[at], b[at])
     model.moesim.finish()
+
+
+def test_a_run_can_be_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a command; a model that says another token is found out, and leaves nothing."""
+    words = ["real", "generate", "--model", "demo", "--capacity", "10%", "--max-new-tokens", "3"]
+    words += ["--limit", "3", "--batch", "2", "--threads", "1", "--check"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checked"] == 3
+    assert main([*words, "--policy", "swapmoe"]) == 2
+    assert "--check: swapmoe executes other experts" in capsys.readouterr().err
+    compute = LayerCall.sum
+    monkeypatch.setattr(LayerCall, "sum", lambda self: -compute(self))
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"--check: prompt 0: token \d+ is \d+ with its experts offloaded, and", err)
+    assert not list(tmp_path.iterdir())
 
 
 def ended(out: Any, given: Any, plain: Any) -> Any:

@@ -5,10 +5,12 @@ What no stand-in can show (times, real copies beside real kernels) is in ``test_
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +29,10 @@ from moesim.profile import ModelProfile
 from moesim.real import banks, cuda
 from moesim.real.cuda import Claim, Cuda, Meter, Pins
 from moesim.real.errors import ExecutionError
-from moesim.real.host_bank import HostBank
+from moesim.real.host_bank import HostBank, whole_pages
 from moesim.real.lanes import Lanes
 from moesim.real.memory import Fit, Needs, fit_beside
+from moesim.real.offload_bank import StreamMover
 from moesim.real.run import Banks, RealRequest, execute, open_banks
 from moesim.real.slots import SlotLedger
 from moesim.serving import Server
@@ -462,6 +465,52 @@ def test_a_device_that_does_not_answer_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_registered_regions_share_no_page() -> None:
+    """A page is registered once, so small regions may not lie side by side."""
+    bank = HostBank(100, 3, torch.bfloat16, 0, Pins().pin)
+    regions = [whole_pages(100) for _ in range(8)] + bank.regions
+    pages = {region.data_ptr() // mmap.PAGESIZE for region in regions}
+    assert len(pages) == 9 and not any(region.data_ptr() % mmap.PAGESIZE for region in regions)
+    StandIn.registered.clear()
+
+
+# ---- the free executor's copies ------------------------------------------------------------------
+
+
+@pytest.fixture
+def mover(monkeypatch: pytest.MonkeyPatch) -> StreamMover:
+    """Copies of an offloaded model, on streams that are none."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", StandIn.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: StandIn.current())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return StreamMover(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_an_offloaded_copy_waits_for_the_last_use_of_its_slot(
+    mover: StreamMover, deaf: bool
+) -> None:
+    """And the host for its last chunk alone: the one before moves while that is given."""
+    StandIn.deaf = deaf
+    source = torch.arange(64, dtype=torch.uint8)
+    slots = torch.zeros(1, 64, dtype=torch.uint8)
+    StandIn.strides[slots.untyped_storage().data_ptr()] = 64
+    slot = slots.as_subclass(Watched)[0]
+    computing = Stream()
+    for _ in range(2):
+        chunks = [mover.copy(slot, source, at, at + 16) for at in range(0, 64, 16)]
+        assert [chunk is None for chunk in chunks] == [False, False, False, True]
+        # The host has waited, so what it launches now comes after.
+        computing.clock |= mover._stream.clock  # type: ignore[attr-defined]
+        with StandIn.stream(computing):
+            StandIn.touch(base_of(slot), False, "an expert")
+            mover.used(slot)
+    assert StandIn.waits == 2 and torch.equal(slots[0], source)
+    assert bool(StandIn.hazards) is deaf
+
+
 # ---- one device, one process ---------------------------------------------------------------------
 
 
@@ -517,6 +566,16 @@ def test_a_stream_follows_what_it_waited_for() -> None:
     with StandIn.stream(two):
         StandIn.touch(0, False, "a read")
     assert len(StandIn.hazards) == 1
+
+
+def test_asking_for_a_device_need_not_take_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite asks; its pieces, which may each need the device alone, use it."""
+
+    def used() -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(StandIn, "mem_get_info", used)
+    cuda.require(use=False)
 
 
 def test_banks_need_no_device_to_be_imported() -> None:

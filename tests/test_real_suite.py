@@ -111,6 +111,12 @@ except KeyboardInterrupt:
     assert suite.run(Suite(tmp_path / "out"), QUIET)["done"]
 
 
+def test_a_piece_that_hangs_leaves_time_for_the_others(tmp_path: Path, pieces: list[Piece]) -> None:
+    pieces += scripts("import time; time.sleep(60)", "print(1)")
+    pieces[0] = replace(pieces[0], share=0.02)
+    assert states(suite.run(Suite(tmp_path, minutes=1), QUIET)) == ["time is up", "done"]
+
+
 def test_ctrl_c_leaves_no_process(
     tmp_path: Path, pieces: list[Piece], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   moesim real generate --model demo --policy next-gate --capacity 10% --prompts "def main():"
   moesim real generate --model demo --plan plan.toml --limit 8
+  moesim real generate --model demo --policy finemoe --capacity 10% --limit 64 --check
   moesim real generate --model demo --prompts builtin --limit 8 --batch 4 \\
     --trace-out run.parquet --out runs/
 """
@@ -137,6 +138,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeline", action="store_true", help="write timeline.json for Perfetto (needs --out)"
     )
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="load the model a second time, as it is, and compare every token",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -201,6 +207,7 @@ def _asked(args: argparse.Namespace) -> Prompted:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         trace_out=args.trace_out,
+        check=args.check,
         options=options,
     )
 
@@ -239,6 +246,8 @@ def _print(answer: dict[str, Any]) -> None:
         print(f"host memory is pageable, so copies are slower: {run['device']['why_pageable']}")
     if run["quality"] is not None:
         print(f"lossy: {_quality(run['quality'])}")
+    if answer["checked"] is not None:
+        print(f"checked: the tokens of {answer['checked']} prompts are those of the model as it is")
     for what, where in (("trace", answer["trace_out"]), ("run", run["run_dir"])):
         if where is not None:
             print(f"{what}: {where}")

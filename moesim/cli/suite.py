@@ -110,7 +110,8 @@ def _require_cuda() -> None:
             "not run: the suite needs torch, which is not installed; "
             "`pip install 'moesim[real]'` installs it"
         ) from None
-    require()
+    # Its pieces use it, each a process of its own.
+    require(use=False)
 
 
 def _traces(given: list[str]) -> dict[str, Path]:
