@@ -35,6 +35,9 @@ STEP, FIRST, LAST, SQUARE, KNOWN, FOUND = range(6)
 observed, the square of their norm, the version of the store that the products are right for, and
 the nearest entry."""
 
+BLOCK = 128
+"""Entries among which the nearest is looked for at once."""
+
 EMBEDDING_BITS = 13
 EMBEDDED = 16
 """Columns of embeddings whose products fit 32 bits together (2**13 * 2**13 each); of a gate's,
@@ -256,7 +259,7 @@ def _restart(store: Store, trails: Trails, s: int, layer: int, step: int) -> Non
 
 
 @kernel
-def _observe(store: Store, trails: Trails, s: int, layer: int, step: int) -> None:
+def observe_one(store: Store, trails: Trails, s: int, layer: int, step: int) -> None:
     """A trail's row of a layer is known; layers come in order within a pass."""
     if trails.state[s, STEP] != step:
         _restart(store, trails, s, layer, step)
@@ -285,36 +288,39 @@ def _whole(store: Store, trails: Trails, s: int) -> None:
 
 
 @kernel
-def _largest(store: Store, entries: int) -> int:
-    """The place of the largest of ``near``, the first of equals.
+def _nearest(store: Store, trails: Trails, s: int, layer: int, entries: int) -> int:
+    """Fills ``near``; the place of the largest, the first of equals.
 
     Floats from 0 on are in the order of their bits, and the largest of integers is found many at a
-    time; only where all are below 0 must the floats themselves be looked at.
+    time, block by block; only where all are below 0 must the floats themselves be looked at.
     """
-    bits = store.near_bits
-    top = np.int64(-1)
-    for c in range(entries):
-        top = max(top, bits[c])
-    found = 0
+    # Arrays by names of their own: a loop that must look them up again is not made quick.
+    near, bits, dots, inverse = store.near, store.near_bits, trails.dots[s], store.inverse[layer]
+    top, found = np.int64(-1), 0
+    for first in range(0, entries, BLOCK):
+        begin, end = np.uint64(first), np.uint64(min(first + BLOCK, entries))
+        most = np.int64(-1)
+        for c in range(begin, end):
+            near[c] = dots[c] * inverse[c]
+        for c in range(begin, end):
+            most = max(most, bits[c])
+        if most > top:
+            top, found = most, first
     if top >= 0:
         while bits[found] != top:
             found += 1
         return found
     for c in range(entries):
-        if store.near[c] > store.near[found]:
+        if near[c] > near[found]:
             found = c
     return found
 
 
 @kernel
-def _find(store: Store, trails: Trails, s: int, layer: int) -> None:
+def find(store: Store, trails: Trails, s: int, layer: int) -> None:
     """The entry of the largest cosine over the layers up to this one; ties to the lowest."""
     entries = store.size[ENTRIES]
-    # Arrays by names of their own: a loop that must look them up again is not made quick.
-    near, dots, inverse = store.near, trails.dots[s], store.inverse[layer]
-    for c in range(entries):
-        near[c] = dots[c] * inverse[c]
-    found = _largest(store, entries)
+    found = _nearest(store, trails, s, layer, entries)
     square = trails.state[s, SQUARE]
     trails.state[s, FOUND] = found
     trails.score[s] = store.near[found] / math.sqrt(square) if square > 0 else 0.0
@@ -444,19 +450,19 @@ def _observe_all(
 ) -> None:
     """The rows of a layer are known: dot products grow. ``ids`` int64 [n]: the trails."""
     for i in range(n):
-        _observe(store, trails, ids[i], layer, step)
+        observe_one(store, trails, ids[i], layer, step)
 
 
 def _search(store: Store, trails: Trails, ids: AnyArray, n: int, layer: int) -> None:
     """Trajectory search (equation 5): the nearest entry of each trail, by its layers so far."""
     for i in range(n):
-        _find(store, trails, ids[i], layer)
+        find(store, trails, ids[i], layer)
 
 
 def _recall(words: Store, senses: Trails, r: int) -> None:
     """Semantic search (equation 4): the entry of the nearest embedding."""
     _whole(words, senses, r)
-    _find(words, senses, r, 0)
+    find(words, senses, r, 0)
 
 
 def _predict(

@@ -16,7 +16,7 @@ from moesim.bench.workshop import Workshop
 from moesim.degrade import Allowed
 from moesim.engine.setup import Options
 from moesim.policies import map_store
-from moesim.policies.map_store import Bank, observe, search
+from moesim.policies.map_store import Bank, find, observe_one
 from moesim.traces.reader import Columns, TraceReader
 from moesim.types import PROBABILITY_ONE, AnyArray, IntArray, Needs
 from moesim.workload import Inputs
@@ -177,8 +177,8 @@ def _searched(bank: Bank, gates: AnyArray) -> int:
 def _sweep(store: Any, trails: Any, which: IntArray, step: int) -> None:
     """Every layer of a pass: products, then the nearest map."""
     for layer in range(store.maps.shape[0]):
-        observe(store, trails, which, 1, layer, step)
-        search(store, trails, which, 1, layer)
+        observe_one(store, trails, which[0], layer, step)
+        find(store, trails, which[0], layer)
 
 
 sweep: Any = numba.njit(_sweep)

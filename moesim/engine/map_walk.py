@@ -18,10 +18,10 @@ from moesim.policies.map_store import (
     Store,
     Trails,
     add,
+    find,
     load_all,
-    observe,
+    observe_one,
     predict,
-    search,
 )
 from moesim.types import PROBABILITY_ONE, AnyArray, IntArray
 
@@ -69,12 +69,12 @@ def _walk(
         target = layer + distance
         searched = entries > 0 and target < depth
         if searched or (keeps and entries == capacity):
-            observe(store, trails, which, 1, layer, step)
+            observe_one(store, trails, trail, layer, step)
         kept_ops, kept_nbytes = store.work[OPS], store.work[BYTES]
         at = length + RECORD
         count = 0
         if searched:
-            search(store, trails, which, 1, layer)
+            find(store, trails, trail, layer)
             for meant in range(target, depth if later else target + 1):
                 n = predict(store, trails, which, 1, meant, least, dynamic, choice)
                 if n:
