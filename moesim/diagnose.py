@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from moesim.capacity import Capacity
 from moesim.costs import Costs
 from moesim.profile import ModelProfile
-from moesim.traces.schema import TraceMeta
+
+
+class Routed(Protocol):
+    """The shape of what is replayed: a trace's metadata has it."""
+
+    @property
+    def layers(self) -> int:
+        """MoE layers in all."""
+
+    @property
+    def experts(self) -> int:
+        """Of a layer."""
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token uses in a layer."""
+
+    def stack_ranges(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, first layer, one past its last layer) of each stack, in order."""
 
 
 def diagnostics(
-    meta: TraceMeta, model: ModelProfile, costs: Costs, capacity: Capacity, batch: int
+    meta: Routed, model: ModelProfile, costs: Costs, capacity: Capacity, batch: int
 ) -> dict[str, Any]:
     """What can be said of a capacity before the run.
 
@@ -42,7 +60,7 @@ def diagnostics(
 
 
 def _warnings(
-    meta: TraceMeta,
+    meta: Routed,
     capacity: Capacity,
     sizes: list[int],
     token_bytes: int,

@@ -34,6 +34,7 @@ COMMANDS = (
     "diff",
     "validate",
     "completion",
+    "report",
 )
 
 
