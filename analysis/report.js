@@ -50,7 +50,12 @@
   // ---- what is shown ---------------------------------------------------------------------------
 
   const here = () => data.runs.filter((r) => r.setting === state.setting && shown[r.policy]);
-  const at = (capacity) => here().filter((r) => r.capacity === capacity && !r.roof);
+  const kind = (policy) => (policy.bound ? " (bound)" : policy.lossy ? " (lossy)" : "");
+  const named = (run) => data.policies[run.policy].name + kind(data.policies[run.policy]);
+  const rank = (run) => (data.policies[run.policy].bound ? 2 : data.policies[run.policy].lossy ? 1 : 0);
+  // What could be used comes first; bounds stand apart, below.
+  const at = (capacity, by) => here().filter((r) => r.capacity === capacity && !r.roof)
+    .sort((a, b) => rank(a) - rank(b) || by(a) - by(b));
 
   const element = (tag, text, parent, className) => {
     const made = document.createElement(tag);
@@ -145,7 +150,7 @@
   const tall = (name, rows, each, more) => plot(name).setv({ height: Math.max(2, rows) * each + more });
 
   function bars(name, columns, words, scale, spell) {
-    const runs = at(state.capacity).sort((a, b) => sum(b[columns]) - sum(a[columns]));
+    const runs = at(state.capacity, (run) => sum(run[columns]));
     const made = {};
     for (const key of Object.keys(source(`${name}-bars`).data)) made[key] = [];
     let most = 0;
@@ -155,11 +160,11 @@
       run[columns].forEach((value, index) => {
         const [what, colour] = words[index];
         if (value > 0) {
-          made.y.push(data.policies[run.policy].name);
+          made.y.push(named(run));
           made.left.push(left * scale);
           made.right.push((left + value) * scale);
           made.colour.push(colour);
-          made.policy.push(data.policies[run.policy].name);
+          made.policy.push(named(run));
           made.what.push(what);
           made.value.push(spell(value));
           made.share.push(percent(value / total));
@@ -169,7 +174,7 @@
       });
       most = Math.max(most, left * scale);
     }
-    plot(name).y_range.factors = runs.map((r) => data.policies[r.policy].name);
+    plot(name).y_range.factors = runs.map(named).reverse();
     source(`${name}-bars`).data = made;
     span(plot(name).x_range, 0, most * 1.02 || 1);
     tall(name, runs.length, 26, 70);
@@ -194,7 +199,7 @@
     let width = 1;
     for (const [row, values] of rows) {
       values.forEach((value, index) => {
-        made.x.push((index + 0.5) * each);
+        made.x.push(each === 1 ? index : (index + 0.5) * each);
         made.y.push(row);
         made.width.push(each * (values.length > 60 ? 1 : 0.94));
         made.colour.push(shade(value === null ? null : (value - low) / (high - low || 1)));
@@ -206,7 +211,8 @@
     }
     plot(name).y_range.factors = rows.map(([row]) => row).reverse();
     source(`${name}-cells`).data = made;
-    span(plot(name).x_range, 0, width * each);
+    const edge = each === 1 ? 0.5 : 0;
+    span(plot(name).x_range, -edge, width * each - edge);
     tall(name, rows.length, Math.max(12, Math.min(26, 400 / rows.length)), 64);
   }
 
@@ -219,10 +225,10 @@
   };
 
   function stalls() {
-    const runs = at(state.capacity);
+    const runs = at(state.capacity, (run) => sum(run.layers));
     const shares = runs.map((r) => r.layers.map((ns) => (r.time ? ns / r.time : 0)));
     const most = Math.max(...shares.flat(), 0);
-    const rows = runs.map((r, i) => [data.policies[r.policy].name, shares[i]]);
+    const rows = runs.map((r, i) => [named(r), shares[i]]);
     heat("stalls", rows, [0, most], 1, (layer) => `layer ${layer}`, percent);
     scale("stalls-scale", "0", percent(most));
   }
@@ -387,7 +393,7 @@
     const swatch = element("span", undefined, chip, "swatch");
     swatch.style.borderColor = policy.colour;
     if (!policy.bound && !policy.lossy) swatch.style.background = policy.colour;
-    chip.append(policy.name + (policy.bound ? " (bound)" : policy.lossy ? " (lossy)" : ""));
+    chip.append(policy.name + kind(policy));
     chip.addEventListener("click", () => { shown[index] = !shown[index]; draw(); });
   });
   const every = (wanted) => { shown.forEach((_, i) => { shown[i] = wanted(i); }); draw(); };
@@ -407,7 +413,7 @@
   legend("transfers-legend", FATE);
   data.clocks.forEach((one, index) => {
     const run = data.runs[one.run], where = data.settings[run.setting].name;
-    const told = `${data.policies[run.policy].name} at ${run.capacity}`;
+    const told = `${named(run)} at ${run.capacity}`;
     option($("clock-run"), index, where ? `${told} (${where})` : told);
   });
 

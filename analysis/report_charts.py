@@ -57,7 +57,7 @@ def _plots() -> Iterator[Any]:
     yield _bars("transfers", "bytes")
     yield _cells("stalls", "layer")
     yield _clock()
-    yield _cells("hits", "step")
+    yield _cells("hits", "forward pass")
     yield _cells("entropy", "iteration (0: the prompt)")
 
 
@@ -94,7 +94,7 @@ def _bars(name: str, axis: str) -> Any:
     )  # fmt: skip
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=BAR_TIP, description="what a bar is"))
     plot.xaxis.axis_label = axis
-    plot.ygrid.grid_line_color = None
+    plot.ygrid.visible = False
     return plot
 
 
@@ -107,7 +107,7 @@ def _cells(name: str, axis: str) -> Any:
     )
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=CELL_TIP, description="what a cell is"))
     plot.xaxis.axis_label = axis
-    plot.grid.grid_line_color = None
+    plot.grid.visible = False
     return plot
 
 
@@ -124,7 +124,7 @@ def _clock() -> Any:
     tip += [("needed", "@need"), ("", "@margin")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tip, description="what a span is"))
     plot.xaxis.axis_label = "ms from the start of the forward pass"
-    plot.ygrid.grid_line_color = None
+    plot.ygrid.visible = False
     return plot
 
 

@@ -289,7 +289,7 @@ def _validation(setting: Setting, every: Sequence[Setting]) -> Iterator[str]:
             f"{statistics.fmean(errors):+.1%} in the mean, {max(errors, key=abs):+.1%} at worst"
         )
     else:
-        yield "No measured run of the same is among these: `moesim real campaign` makes them"
+        yield "No measured run of the same is among these: moesim real campaign makes them"
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,13 +32,12 @@ _LOADS = ("demand", "prefetch")
 _COMPUTED = ("expert", "cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Times in ns. layer, expert : -1 where none is meant."""
 
-    lane: str
     start: int
     end: int
+    lane: str
     layer: int
     expert: int
 
@@ -119,10 +118,7 @@ def read(folder: Path, sync_ns: int, layers: int) -> Timeline | None:
         return None
     try:
         events = json.loads(path.read_text())["traceEvents"]
-        spans = sorted(
-            (_span(event) for event in events if event["ph"] == "X"),
-            key=lambda s: (s.start, s.end, s.lane, s.layer, s.expert),
-        )
+        spans = sorted(_span(event) for event in events if event["ph"] == "X")
         if any(not -1 <= span.layer < layers for span in spans):
             raise ValueError("a layer that the model has not")
         return _timeline(spans, sync_ns)
@@ -152,7 +148,7 @@ def _span(event: dict[str, Any]) -> Span:
     if lane not in LANES:
         raise ValueError("an unknown lane")
     end = start + round(event["dur"] * 1000)
-    return Span(lane, start, end, int(about.get("layer", -1)), int(about.get("expert", -1)))
+    return Span(start, end, lane, int(about.get("layer", -1)), int(about.get("expert", -1)))
 
 
 def _timeline(spans: list[Span], sync_ns: int) -> Timeline | None:
