@@ -128,7 +128,9 @@ def _headline(setting: Setting, places: Sequence[_Place]) -> str:
         return "No run here is of a policy that could be used: there are bounds or lossy ones alone"
     clear = [place for place in places if not place.tied]
     leaders = list(dict.fromkeys(place.best.label for place in clear))
-    told = [_leads(name, [p for p in clear if p.best.label == name], len(places)) for name in leaders]
+    told = [
+        _leads(name, [p for p in clear if p.best.label == name], len(places)) for name in leaders
+    ]
     open_ = [place for place in places if place.tied]
     if open_:
         told.append(

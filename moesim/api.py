@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,6 @@ class Replay:
 
     answer: Mapping[str, Any]
     folder: Path
-    _kept: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @property
     def runs(self) -> Sequence[Summary]:
@@ -125,10 +126,17 @@ def replay(
     from moesim.replays import replay as run
 
     out = options.pop("out", None)
-    kept = tempfile.TemporaryDirectory(prefix="moesim-") if out is None else None
-    folder = Path(str(out)) if kept is None else Path(kept.name)
+    folder = Path(tempfile.mkdtemp(prefix="moesim-") if out is None else str(out))
     asked = {"trace": trace, "policy": policy, "capacity": capacity, **options, "out": folder}
-    return Replay(run(request_of(asked)), folder, kept)
+    try:
+        made = Replay(run(request_of(asked)), folder)
+    except BaseException:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if out is None:
+        weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    return made
 
 
 def call(*words: str, **options: One | Sequence[One]) -> Any:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesim.cli.options import path as _path
+from moesim.ask.arguments import path as _path
 from moesim.errors import NotRunError
 
 if TYPE_CHECKING:
