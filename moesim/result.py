@@ -197,7 +197,11 @@ def _write_requests(path: Path, requests: Sequence[Mapping[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(list(requests), schema), path)
 
 
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(
+class UnwritableError(UsageError):
+    """A folder of runs that cannot be written: no run can be kept there, whatever it is."""
+
+
+def _unwritable(path: Path, error: OSError) -> UnwritableError:
+    return UnwritableError(
         f"{path}: cannot be written ({error.strerror or error}); choose another --out"
     )

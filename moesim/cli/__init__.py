@@ -22,6 +22,7 @@ INTERRUPTED = 130
 
 COMMANDS = (
     "replay",
+    "sweep",
     "advise",
     "plan",
     "real",

@@ -56,16 +56,17 @@ def _bar(what: str, unit: str) -> Iterator[Progress]:
 
 def _lines(what: str, unit: str) -> Progress:
     started = last = 0.0
+    first = 0
 
     def update(done: int, total: int) -> None:
-        nonlocal started, last
+        nonlocal started, last, first
         now = time.monotonic()
-        if done == 1:
+        if not first:
             # Compiling, where there was any, is over: it says nothing of the rest.
-            started = last = now
-        elif now - last >= EVERY_S and done < total:
+            started, last, first = now, now, done
+        elif now - last >= EVERY_S and first < done < total:
             last = now
-            left_s = (now - started) * (total - done) / (done - 1)
+            left_s = (now - started) * (total - done) / (done - first)
             print(f"{what}: {done}/{total} {unit}, {left_s:.0f} s left", file=sys.stderr)
 
     return update
