@@ -233,8 +233,9 @@ def _run_row(run: Run) -> dict[str, Any]:
 
 def _facts(pairs: Sequence[Matched]) -> dict[str, Any]:
     sim, real = pairs[0].simulated, pairs[0].measured[0]
-    hardware = sim.manifest["hardware"]
+    hardware, device = sim.manifest["hardware"], real.host.get("device_name")
     return {
+        **({} if device is None else {"device_name": device}),
         "trace": sim.manifest["trace"],
         "model": sim.manifest["model"]["name"],
         "limit": sim.manifest["limit"],

@@ -118,13 +118,14 @@ def run(campaign: Campaign, say: Say, progress: Callable[[str], Any]) -> Report:
 
 
 def keep(campaign: Campaign, folder: Path) -> Path:
-    """Copy what the table rests on into ``folder/<processor>``: raw tables, profile, readings.
+    """Copy what the table rests on into ``folder/<processor>``, a CUDA device's by its own name:
+    raw tables, profile, readings.
 
     Returns that folder. Of a folder that is there already every file is replaced.
     """
     source = campaign.out / VALIDATION
     facts = json.loads((source / "facts.json").read_text(encoding="utf-8"))
-    target = folder / slug(f"{facts['processor']}")
+    target = folder / slug(f"{facts.get('device_name', facts['processor'])}")
     files = [source / name for name in _KEPT]
     files += [campaign.out / name for name in (PROFILE, _READINGS, _MACHINE)]
     beside = target.with_name(f".{target.name}.tmp-{os.getpid()}")

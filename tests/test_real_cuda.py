@@ -26,7 +26,7 @@ import torch
 from moesim.cli import main
 from moesim.errors import NotRunError, UsageError
 from moesim.profile import ModelProfile
-from moesim.real import banks, cuda
+from moesim.real import banks, cuda, measure_cuda
 from moesim.real.cuda import Claim, Cuda, Meter, Pins
 from moesim.real.errors import ExecutionError
 from moesim.real.host_bank import HostBank, whole_pages
@@ -35,12 +35,13 @@ from moesim.real.memory import Fit, Needs, fit_beside
 from moesim.real.offload_bank import StreamMover
 from moesim.real.run import Banks, RealRequest, execute, open_banks
 from moesim.real.slots import SlotLedger
+from moesim.real.suite import Suite, pieces_of
 from moesim.serving import Server
 from moesim.tally import Tally
 from tests.cuda_stand_in import Event, StandIn, Stream, Watched, base_of
 from tests.harness import inputs_of, setup_of, spec_of, works_of
 from tests.strategies import DEMAND_ONLY, LOSSLESS, Case, cases, machine
-from tests.test_real import enlarged, really, roomy, serving, whole_slots
+from tests.test_real import SMALL, enlarged, really, roomy, serving, whole_slots
 from tests.test_real_faults import request
 
 
@@ -537,6 +538,32 @@ def test_without_a_device_it_is_said(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "--device cuda" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_campaign_on_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_pinned: None
+) -> None:
+    """All that a suite asks of a device, step by step: what is kept has its name."""
+    pytest.importorskip("pandas")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(measure_cuda, "_CUDA", StandIn)
+    monkeypatch.setattr(measure_cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(measure_cuda, "BANK_BYTES", 1 << 20)
+    model, trace = tmp_path / "small.toml", tmp_path / "t.parquet"
+    text = SMALL.replace("layers = 8", "layers = 2").replace('["decoder", 8]', '["decoder", 2]')
+    model.write_text(text.replace("experts = 16", "experts = 8", 1))
+    told = Suite(tmp_path / "out", models=(str(model),), policies="lru,swapmoe", capacity="50%",
+                 requests=1, prompt_tokens=3, output_tokens=4, repeats=2, threads=1,
+                 traces={str(model): trace})  # fmt: skip
+    synth = ["trace", "synth", trace, "--model", model, "--requests", 1, "--prompt-tokens", 3]
+    synth += ["--output-tokens", 5, "--gate", "full", "--ahead", "1,2"]
+    assert main([*map(str, synth)]) == 0
+    (campaign,) = [piece for piece in pieces_of(told) if "campaign" in piece.words]
+    assert main([*campaign.words[2:]]) == 0
+    (kept,) = (tmp_path / "out" / "kept" / "small").iterdir()
+    assert kept.name == "none" and (kept / "hw.readings.parquet").is_file()
+    assert len(list((tmp_path / "out").glob("small/measured/[!.]*"))) == 4
 
 
 # ---- parts ---------------------------------------------------------------------------------------
