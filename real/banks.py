@@ -42,10 +42,14 @@ class HeldBank:
         """What it takes."""
         return 0 if self._bank is None else self._bank.count * self._bank.stride
 
-    def experts(self, model: ModelProfile, needs: Needs, buffers: int, seed: int) -> HostBank:
-        """At most so many buffers: those that are there, or new ones."""
+    def experts(
+        self, model: ModelProfile, needs: Needs, buffers: int, seed: int, *, held: bool = False
+    ) -> HostBank:
+        """At most so many buffers: those that are there, or new ones. ``held``: those that are
+        there may be more, for nothing else wants their room."""
         known = (model.layers * model.experts, needs.expert_bytes, model.dtype, seed)
-        if self._bank is None or known != self._known or self._bank.count > buffers:
+        large = self._bank is not None and self._bank.count > buffers and not held
+        if self._bank is None or known != self._known or large:
             self._drop()
             pin = None if self._pins is None else self._pins.pin
             dtype = self.type_of(model.dtype)
@@ -90,7 +94,10 @@ def open_device(
         shared = fit_beside(needs, cuda.free_bytes(), ram, capacity)
     else:
         shared = fit(needs, ram, capacity)
-    bank = held.experts(model, needs, shared.expert_buffers, what.seed)
+    # Beside a device with memory of its own experts alone lie in RAM: a little less of it than the
+    # run before found is no reason to fill and pin them all again.
+    stays = request.device == "cuda" and request.ram_bytes is None
+    bank = held.experts(model, needs, shared.expert_buffers, what.seed, held=stays)
     shared = Fit(bank.count, shared.dense_buffers)
     if request.device == "cuda":
         return Cuda(
