@@ -22,6 +22,7 @@ from moesim.errors import NotRunError, UsageError
 from moesim.profile import ModelProfile
 from moesim.real.attention import without_cudnn
 from moesim.real.banked import Banked
+from moesim.real.errors import ExecutionError
 from moesim.real.host_bank import HostBank
 from moesim.real.kernels import DenseParts, Experts, numbers_of
 from moesim.real.measure import kinds_of
@@ -194,8 +195,13 @@ class Cuda(Banked):
 
     def facts(self) -> dict[str, Any]:
         """Versions, the device, the processor; how long copies moved, by the device's clock."""
-        _CUDA.synchronize()
-        nbytes, spent_ns = self._meter.total()
+        try:
+            _CUDA.synchronize()
+            nbytes, spent_ns = self._meter.total()
+        except RuntimeError as error:
+            # What no lane has waited for comes to light here.
+            said = str(error).partition("\n")[0]
+            raise ExecutionError(f"the device has failed at the end of the run: {said}") from error
         return {
             **super().facts(),
             "device_name": _CUDA.get_device_properties(0).name,

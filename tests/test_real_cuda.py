@@ -428,6 +428,26 @@ def test_a_copy_that_fails_is_named(tmp_path: Path, nothing_is_pinned: None) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_fails_unheard_is_told_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_pinned: None
+) -> None:
+    """The last copies and kernels are waited for by nobody else."""
+
+    def fail() -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might")
+
+    facts = Cuda.facts
+
+    def facts_of_a_broken_one(self: Cuda) -> Any:
+        monkeypatch.setattr(StandIn, "synchronize", fail)
+        return facts(self)
+
+    monkeypatch.setattr(Cuda, "facts", facts_of_a_broken_one)
+    with pytest.raises(ExecutionError, match=r"end of the run: CUDA error: unspecified .+failure$"):
+        execute(cuda_request(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_device_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog's line comes; nothing is freed under work that goes on."""
     monkeypatch.setattr(cuda, "_LEAVE_S", 0.05)
@@ -565,7 +585,12 @@ def test_a_campaign_on_streams(
     synth += ["--output-tokens", 5, "--gate", "full", "--ahead", "1,2"]
     assert main([*map(str, synth)]) == 0
     (campaign,) = [piece for piece in pieces_of(told) if "campaign" in piece.words]
-    assert main([*campaign.words[2:]]) == 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*campaign.words[2:]]) == 0
+    finally:
+        torch.set_num_threads(before)
     (kept,) = (tmp_path / "out" / "kept" / "small").iterdir()
     assert kept.name == "none" and (kept / "hw.readings.parquet").is_file()
     assert len(list((tmp_path / "out").glob("small/measured/[!.]*"))) == 4
