@@ -18,16 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import UsageError
+from moesim.policies.gates_ahead import GatesAhead
 from moesim.policies.next_gate import in_order
-from moesim.protocol import CacheView, PrefetchSeat, World, check_distance
-from moesim.types import NO_PLAN, Fact, Gate, Needs, Plan, Prefetch, State
+from moesim.protocol import CacheView
+from moesim.types import NO_PLAN, Fact, Gate, Plan, Prefetch, State
 
 ABSENT = int(State.ABSENT)
 
 
 @dataclass
-class FirstAbsent(PrefetchSeat):
+class FirstAbsent(GatesAhead):
     """Prefetches the first predicted expert that is absent, along the next layers.
 
     distance : layers looked ahead at most.
@@ -37,24 +37,6 @@ class FirstAbsent(PrefetchSeat):
     name = "first-absent"
     source = "arXiv 2408.10284"
     cost = "O(T M)"
-    needs = Needs.AHEAD
-    distance: int = 3
-    width: int = 0
-
-    def __post_init__(self) -> None:
-        """Some layers ahead, some experts."""
-        check_distance(self.distance)
-        if self.width < 0:
-            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
-
-    @property
-    def distances(self) -> tuple[int, ...]:
-        """All up to the farthest."""
-        return tuple(range(1, self.distance + 1))
-
-    def begin(self, world: World) -> None:
-        """Take the shapes."""
-        self.world = world
 
     def plan(self, fact: Fact, cache: CacheView) -> Plan:
         """At each gate."""

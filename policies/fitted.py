@@ -12,22 +12,26 @@ import io
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from moesim.errors import NotRunError, UsageError
 from moesim.hashing import hash64
+from moesim.policies.forecast import ForecastSeat
+from moesim.protocol import World
 from moesim.types import (
     PROBABILITY_ONE,
     AnyArray,
     Fact,
+    Forecast,
     Gate,
     IntArray,
     IterationEnd,
     LayerEvent,
+    Needs,
     RequestBegin,
     RequestEnd,
 )
@@ -183,7 +187,7 @@ def _reach(weights: AnyArray, biases: AnyArray, most: int) -> float:
 # ---- the file ------------------------------------------------------------------------------------
 
 
-class Stored(Protocol):
+class Stored(Networks, Protocol):
     """A frozen dataclass of numbers, texts and arrays that can tell what is wrong with it."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -193,6 +197,11 @@ class Stored(Protocol):
 
 
 Kept = TypeVar("Kept", bound=Stored)
+
+
+def mend(fit: str, file: str) -> str:
+    """What to do without a file, or with a wrong one; ``fit`` is the command that makes one."""
+    return f"fit one with `{fit}`, then give --split 7:3 --set prefetch.weights={file}"
 
 
 def packed(made: Stored, form: str) -> bytes:
@@ -279,3 +288,74 @@ class Known:
             f"not run: {self._name} was fitted on request {request}, which this run serves; "
             f"{mend if split else f'fit on a part of the trace, with `{self._fit}`'}"
         )
+
+
+# ---- the seat ------------------------------------------------------------------------------------
+
+
+@dataclass
+class FittedSeat(ForecastSeat, Generic[Kept]):
+    """Prefetches what networks expect that were fitted beforehand.
+
+    weights : the file that ``moesim fit`` wrote.
+    digest : SHA-256 of that file; filled in, and compared where it is given.
+    width : experts taken of each token; 0 takes the model's top k.
+    """
+
+    policy: ClassVar[str]
+    """For which ``moesim fit`` makes the file."""
+    fit: ClassVar[str]
+    mend: ClassVar[str]
+    weights: str = ""
+    digest: str = ""
+    width: int = 0
+    predictor: Kept | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read the file; what it takes in is what the policy needs."""
+        super().__post_init__()
+        if self.width < 0:
+            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
+        if self.weights:
+            self.predictor = self._load(Path(self.weights))
+            self.needs = self.reads(self.predictor)  # type: ignore[misc]
+
+    def _load(self, path: Path) -> Kept:
+        predictor, digest = self.stored(path)
+        if self.digest not in ("", digest):
+            raise UsageError(
+                f"prefetch.weights={path}: is not the file of digest {self.digest[:12]}; name that "
+                "one, or leave out prefetch.digest"
+            )
+        self.digest = digest
+        return predictor
+
+    def stored(self, path: Path) -> tuple[Kept, str]:
+        """The predictor in a file, and the SHA-256 (hex) of that."""
+        raise NotImplementedError
+
+    def reads(self, predictor: Kept) -> Needs:
+        """What it takes in."""
+        raise NotImplementedError
+
+    def begin(self, world: World) -> None:
+        """Refuse to run without a predictor, or with another model's."""
+        fitted = self.predictor
+        if fitted is None:
+            raise NotRunError(f"not run: {self.policy} needs a fitted predictor; {self.mend}")
+        if (fitted.layers, fitted.experts) != (world.layers, world.experts):
+            raise UsageError(
+                f"prefetch.weights={self.weights}: was fitted for {fitted.layers} layers of "
+                f"{fitted.experts} experts, the trace has {world.layers} of {world.experts}; fit "
+                "one on a trace of the same model"
+            )
+        self.fitted = fitted
+        self.nets = nets_of(fitted)
+        self.known = Known(fitted, self.weights, self.fit)
+        super().begin(world)
+
+    def expected(self, inputs: AnyArray, number: int, layer: int) -> Forecast:
+        """What network ``number`` expects of a layer, over tokens: float64 [T, F] its inputs."""
+        found = self.nets[number](inputs)
+        likely = probabilities(found, int(self.fitted.unit[number])).max(axis=0)
+        return Forecast(layer, likely, chosen(found, self.width or self.world.top_k))

@@ -25,12 +25,9 @@ Choices and differences:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moesim.policies.prices import Layer, Prices, by_load, of_gate
-from moesim.protocol import CacheView, MissSeat, World
-from moesim.types import ExpertId, Gate, Needs, Serve
+from moesim.policies.prices import Division, Layer
 
 
 def greedy(layer: Layer) -> int:
@@ -56,22 +53,13 @@ def ending(layer: Layer) -> int:
 
 
 @dataclass
-class HybridSchedule(MissSeat):
+class HybridSchedule(Division):
     """Divides a layer's misses so that the device, the link and the host finish early."""
 
     name = "hybrid-schedule"
     source = "arXiv 2504.05897"
     cost = "O(n log n)"
-    needs = Needs.COSTS
 
-    def begin(self, world: World) -> None:
-        """Take the cost table."""
-        self.prices = Prices(world)
-
-    def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
-        """The back of the line runs on the host."""
-        missing = by_load(gate)
-        if not missing:
-            return {}
-        count = greedy(of_gate(self.prices, gate, missing))
-        return {int(gate.experts[row]): Serve.CPU for row in missing[count:]}
+    def copied(self, layer: Layer) -> int:
+        """By HybriMoE's rule."""
+        return greedy(layer)

@@ -26,10 +26,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import UsageError
+from moesim.policies.gates_ahead import GatesAhead
 from moesim.policies.hybrid_schedule import ending
 from moesim.policies.prices import Prices
-from moesim.protocol import CacheView, PrefetchSeat, World, check_distance
+from moesim.protocol import CacheView, World
 from moesim.types import (
     DROPPED,
     NO_PLAN,
@@ -79,7 +79,7 @@ def predicted(rows: AnyArray, base: int) -> dict[ExpertId, int]:
 
 
 @dataclass
-class Impact(PrefetchSeat):
+class Impact(GatesAhead):
     """Prefetches what shortens one of the next layers most, by simulating their schedules.
 
     distance : layers ahead.
@@ -90,23 +90,10 @@ class Impact(PrefetchSeat):
     source = "arXiv 2504.05897"
     cost = "O(k d n^2)"
     needs = Needs.AHEAD | Needs.COSTS
-    distance: int = 3
-    width: int = 0
-
-    def __post_init__(self) -> None:
-        """Some layers ahead, some experts."""
-        check_distance(self.distance)
-        if self.width < 0:
-            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
-
-    @property
-    def distances(self) -> tuple[int, ...]:
-        """All up to the farthest."""
-        return tuple(range(1, self.distance + 1))
 
     def begin(self, world: World) -> None:
         """Take the shapes and the cost table."""
-        self.world = world
+        super().begin(world)
         self.prices = Prices(world)
 
     def plan(self, fact: Fact, cache: CacheView) -> Plan:

@@ -15,12 +15,10 @@ each. Needs the cost table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesim.policies.prices import Prices, by_load, of_gate
-from moesim.protocol import CacheView, MissSeat, World
-from moesim.types import ExpertId, Gate, Needs, Serve
+from moesim.policies.prices import Division, Layer
 
 
 def quota(on_host: Sequence[int], copy: int, link: int = 0) -> int:
@@ -40,21 +38,14 @@ def quota(on_host: Sequence[int], copy: int, link: int = 0) -> int:
 
 
 @dataclass
-class LinkSplit(MissSeat):
+class LinkSplit(Division):
     """Sends to the host as many misses as it serves while the link copies the others."""
 
     name = "q-split"
     source = "arXiv 2608.16157"
     cost = "O(n log n)"
-    needs = Needs.COSTS
 
-    def begin(self, world: World) -> None:
-        """Take the cost table."""
-        self.prices = Prices(world)
-
-    def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
-        """The least loaded run on the host."""
-        missing = by_load(gate)
-        layer = of_gate(self.prices, gate, missing)
-        q = quota(layer.on_host, layer.copy, len(layer.late) * (layer.copy // 2))
-        return {int(gate.experts[row]): Serve.CPU for row in missing[len(missing) - q :]}
+    def copied(self, layer: Layer) -> int:
+        """All but the quota."""
+        late = len(layer.late) * (layer.copy // 2)
+        return len(layer.on_host) - quota(layer.on_host, layer.copy, late)

@@ -14,11 +14,11 @@ far as a policy can tell, half of it still to come.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moesim.protocol import CostTable, World
-from moesim.types import Gate, Status
+from moesim.protocol import CacheView, CostTable, MissSeat, World
+from moesim.types import ExpertId, Gate, Needs, Serve, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +110,26 @@ def of_gate(prices: Prices, gate: Gate, missing: Sequence[int]) -> Layer:
     here = [t for t, s in zip(tokens, gate.status, strict=True) if s == Status.HIT]
     late = [t for t, s in zip(tokens, gate.status, strict=True) if s == Status.LATE]
     return prices.layer(gate.layer, here, late, [tokens[row] for row in missing])
+
+
+@dataclass
+class Division(MissSeat):
+    """Lines up a layer's misses by load, and sends the back of the line to the host."""
+
+    needs = Needs.COSTS
+
+    def begin(self, world: World) -> None:
+        """Take the cost table."""
+        self.prices = Prices(world)
+
+    def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
+        """The back of the line runs on the host."""
+        missing = by_load(gate)
+        if not missing:
+            return {}
+        count = self.copied(of_gate(self.prices, gate, missing))
+        return {int(gate.experts[row]): Serve.CPU for row in missing[count:]}
+
+    def copied(self, layer: Layer) -> int:
+        """How many, from the front of the line, are copied."""
+        raise NotImplementedError

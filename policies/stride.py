@@ -29,32 +29,21 @@ of the network's output z, which ranks as its sigmoid does and is exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import NotRunError, UsageError
-from moesim.policies.fitted import (
-    MOST_INPUT,
-    Known,
-    chosen,
-    nets_of,
-    packed,
-    probabilities,
-    read,
-    wrong_networks,
-)
-from moesim.policies.forecast import ForecastSeat, Foresight
+from moesim.errors import UsageError
+from moesim.policies.fitted import MOST_INPUT, FittedSeat, mend, packed, read, wrong_networks
+from moesim.policies.forecast import Foresight
 from moesim.protocol import CacheView, World
 from moesim.types import (
     PROBABILITY_ONE,
     AnyArray,
     ExpertId,
     Fact,
-    Forecast,
     Gate,
-    IntArray,
     LayerEvent,
     Needs,
     Plan,
@@ -66,7 +55,7 @@ NEEDS = {"gate": Needs.GATE, "weights": Needs.WEIGHTS, "experts": Needs.NONE}
 """Kinds of input, the most telling first."""
 
 FIT = "moesim fit --policy promoe --trace TRACE --split 7:3 --out promoe.npz"
-MEND = f"fit one with `{FIT}`, then give --split 7:3 --set prefetch.weights=promoe.npz"
+MEND = mend(FIT, "promoe.npz")
 
 
 # ---- what a layer sees ---------------------------------------------------------------------------
@@ -147,7 +136,7 @@ def load(path: Path) -> tuple[Predictor, str]:
 
 
 @dataclass
-class Stride(ForecastSeat):
+class Stride(FittedSeat[Predictor]):
     """Prefetches what a fitted predictor expects ``stride`` layers ahead.
 
     weights : the file that ``moesim fit`` wrote.
@@ -160,49 +149,28 @@ class Stride(ForecastSeat):
     name = "stride"
     source = "arXiv 2410.22134, section 4"
     cost = "O(T F H) for F = history E"
-    weights: str = ""
-    digest: str = ""
-    width: int = 0
+    policy, fit, mend = "promoe", FIT, MEND
     cancel: bool = True
     ops: int = 200_000
-    predictor: Predictor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Read the file; what it takes in is what the policy needs."""
+        """Read the file."""
         super().__post_init__()
-        if self.width < 0:
-            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
         if self.ops < 0:
             raise UsageError(f"prefetch.ops={self.ops}: must be 0 or more")
-        if self.weights:
-            self._load(Path(self.weights))
 
-    def _load(self, path: Path) -> None:
-        self.predictor, digest = load(path)
-        if self.digest not in ("", digest):
-            raise UsageError(
-                f"prefetch.weights={path}: is not the file of digest {self.digest[:12]}; name that "
-                "one, or leave out prefetch.digest"
-            )
-        self.digest = digest
-        self.needs = NEEDS[self.predictor.kind]  # type: ignore[misc]
+    def stored(self, path: Path) -> tuple[Predictor, str]:
+        """Read a file."""
+        return load(path)
+
+    def reads(self, predictor: Predictor) -> Needs:
+        """The kind of its input."""
+        return NEEDS[predictor.kind]
 
     def begin(self, world: World) -> None:
         """Refuse to run without a predictor, or with another model's."""
-        fitted = self.predictor
-        if fitted is None:
-            raise NotRunError(f"not run: promoe needs a fitted predictor; {MEND}")
-        if (fitted.layers, fitted.experts) != (world.layers, world.experts):
-            raise UsageError(
-                f"prefetch.weights={self.weights}: was fitted for {fitted.layers} layers of "
-                f"{fitted.experts} experts, the trace has {world.layers} of {world.experts}; fit "
-                "one on a trace of the same model"
-            )
-        self.fitted = fitted
-        self.nets = nets_of(fitted)
-        self.known = Known(fitted, self.weights, FIT)
-        self.recent = Recent(fitted.history, world.experts, fitted.kind)
         super().begin(world)
+        self.recent = Recent(self.fitted.history, world.experts, self.fitted.kind)
 
     # ---- prediction ------------------------------------------------------------------------------
 
@@ -212,13 +180,9 @@ class Stride(ForecastSeat):
         if not isinstance(fact, Gate):
             return None
         inputs = self.recent.inputs(fact.source)
-        net = self.nets.get(fact.layer)
-        return None if net is None else self._foresight(net(inputs), fact.layer)
-
-    def _foresight(self, found: IntArray, layer: int) -> Foresight:
-        width = self.width or self.world.top_k
-        shares = probabilities(found, int(self.fitted.unit[layer])).max(axis=0)
-        forecast = Forecast(layer + self.fitted.stride, shares, chosen(found, width))
+        if fact.layer not in self.nets:
+            return None
+        forecast = self.expected(inputs, fact.layer, fact.layer + self.fitted.stride)
         return Foresight([forecast], self.ops, 0)
 
     # ---- early pre-emption -----------------------------------------------------------------------

@@ -27,24 +27,14 @@ did on average.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moesim.errors import NotRunError, UsageError
-from moesim.policies.fitted import (
-    MOST_INPUT,
-    Known,
-    Net,
-    chosen,
-    nets_of,
-    packed,
-    probabilities,
-    read,
-    wrong_networks,
-)
-from moesim.policies.forecast import ForecastSeat, Foresight
+from moesim.errors import UsageError
+from moesim.policies.fitted import MOST_INPUT, FittedSeat, mend, packed, read, wrong_networks
+from moesim.policies.forecast import Foresight
 from moesim.protocol import World
 from moesim.types import (
     PROBABILITY_ONE,
@@ -67,7 +57,7 @@ FADE_SHIFT = 3
 """A layer's counts lose one eighth at each token."""
 
 FIT = "moesim fit --policy moe-beyond --trace TRACE --split 7:3 --out moe-beyond.npz"
-MEND = f"fit one with `{FIT}`, then give --split 7:3 --set prefetch.weights=moe-beyond.npz"
+MEND = mend(FIT, "moe-beyond.npz")
 
 
 # ---- what it sees --------------------------------------------------------------------------------
@@ -182,7 +172,7 @@ def load(path: Path) -> tuple[TokenNets, str]:
 
 
 @dataclass
-class TokenNet(ForecastSeat):
+class TokenNet(FittedSeat[TokenNets]):
     """Prefetches what fitted networks expect of a token, from its embedding and its request.
 
     weights : the file that ``moesim fit --policy moe-beyond`` wrote.
@@ -193,45 +183,20 @@ class TokenNet(ForecastSeat):
     name = "token-net"
     source = "arXiv 2508.17137"
     cost = "O(T F H) for F = d + 3 E"
-    weights: str = ""
-    digest: str = ""
-    width: int = 0
-    predictor: TokenNets | None = field(default=None, init=False, repr=False)
+    policy, fit, mend = "moe-beyond", FIT, MEND
 
-    def __post_init__(self) -> None:
-        """Read the file; what it takes in is what the policy needs."""
-        super().__post_init__()
-        if self.width < 0:
-            raise UsageError(f"prefetch.width={self.width}: must be 0 (top k) or more")
-        if self.weights:
-            self._load(Path(self.weights))
+    def stored(self, path: Path) -> tuple[TokenNets, str]:
+        """Read a file."""
+        return load(path)
 
-    def _load(self, path: Path) -> None:
-        self.predictor, digest = load(path)
-        if self.digest not in ("", digest):
-            raise UsageError(
-                f"prefetch.weights={path}: is not the file of digest {self.digest[:12]}; name that "
-                "one, or leave out prefetch.digest"
-            )
-        self.digest = digest
-        self.needs = Needs.EMBEDDING if self.predictor.embedding else Needs.NONE  # type: ignore[misc]
+    def reads(self, predictor: TokenNets) -> Needs:
+        """Embeddings, where it was fitted on them."""
+        return Needs.EMBEDDING if predictor.embedding else Needs.NONE
 
     def begin(self, world: World) -> None:
         """Refuse to run without a predictor, or with another model's."""
-        fitted = self.predictor
-        if fitted is None:
-            raise NotRunError(f"not run: moe-beyond needs a fitted predictor; {MEND}")
-        if (fitted.layers, fitted.experts) != (world.layers, world.experts):
-            raise UsageError(
-                f"prefetch.weights={self.weights}: was fitted for {fitted.layers} layers of "
-                f"{fitted.experts} experts, the trace has {world.layers} of {world.experts}; fit "
-                "one on a trace of the same model"
-            )
-        self.fitted = fitted
-        self.nets: dict[int, Net] = nets_of(fitted)
-        self.known = Known(fitted, self.weights, FIT)
-        self.sights: dict[int, Sight] = {}
         super().begin(world)
+        self.sights: dict[int, Sight] = {}
 
     def foresee(self, fact: Fact) -> Foresight | None:
         """The first layers when a pass begins, after each gate the layer ``distance`` on."""
@@ -286,9 +251,7 @@ class TokenNet(ForecastSeat):
 
     def _forecast(self, layer: int, sights: list[Sight]) -> Forecast:
         inputs = np.stack([sight.inputs(layer) for sight in sights]).astype(np.float64)
-        found = self.nets[layer](inputs)
-        likely = probabilities(found, int(self.fitted.unit[layer])).max(axis=0)
-        return Forecast(layer, likely, chosen(found, self.width or self.world.top_k))
+        return self.expected(inputs, layer, layer)
 
     def _costed(self, forecasts: list[Forecast], tokens: int) -> Foresight:
         weights = self.fitted.w1[0].size + self.fitted.w2[0].size
