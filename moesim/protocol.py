@@ -132,6 +132,20 @@ class World:
         first = np.unique(self.caches, return_index=True)[1] // self.experts
         sizes = self.expert_bytes[0, first].tolist()
         return [held // size for held, size in zip(self.capacity_bytes, sizes, strict=True)]
+    def period(self) -> int:
+        """Layer events of a decoding pass."""
+        return self.layers - self.decode_from
+
+    def until(self, layers: IntArray, now: int) -> IntArray:
+        """Layer events until each of ``layers`` comes again, from the gate of layer ``now`` on.
+
+        After the last layer the next decoding pass begins; an encoder's layers come again as if
+        another request did, for nobody knows when one will.
+        """
+        later = layers - now
+        first: IntArray = np.where(layers < self.decode_from, 0, self.decode_from)
+        found: IntArray = np.where(later > 0, later, later + self.layers - first)
+        return found
 
     def slots(self, layer: int) -> int:
         """How many full-precision experts of a layer its cache holds, or its caches together."""

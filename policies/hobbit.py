@@ -150,6 +150,7 @@ class Hobbit(KeepSeat):
     name = "hobbit"
     source = "arXiv 2411.01433"
     cost = "O(n); O(R) an eviction"
+    version = 2
     lru: int = 1
     lfu: int = 1
     lhu: int = 1
@@ -163,6 +164,7 @@ class Hobbit(KeepSeat):
     def begin(self, world: World) -> None:
         """No sequence has begun."""
         super().begin(world)
+        self.world = world
         self.layers, self.experts = world.layers, world.experts
         self.running = 0
         self.layer = 0
@@ -195,7 +197,8 @@ class Hobbit(KeepSeat):
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """The weighted sum of the four terms."""
         events = max(1, event - self.first + 1)
-        off = (experts // self.experts - self.layer) % self.layers
+        layers = experts // self.experts
+        off = np.where(layers == self.layer, 0, self.world.until(layers, self.layer))
         age = np.minimum(event - self.last[experts], events)
         terms = worth(age, self.uses[experts], self.full_uses[experts], events, off, self.layers)
         weights = (self.lru, self.lfu, self.lhu, self.fld)

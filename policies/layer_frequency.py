@@ -24,12 +24,11 @@ from moesim.protocol import KeepSeat, World
 from moesim.types import Gate, IntArray
 
 
-def worth(uses: IntArray, layers: IntArray, now: int, count: int) -> IntArray:
+def worth(uses: IntArray, until: IntArray, count: int) -> IntArray:
     """Kernel: uses times how soon the layer comes, 1 for the present one to ``count`` for the next.
 
-    layers : of each expert. now : the layer being served.
+    until : layer events until each expert's layer comes again. count : of layers.
     """
-    until = (layers - now - 1) % count + 1
     return uses * (count + 1 - until)
 
 
@@ -40,11 +39,12 @@ class LayerFrequency(KeepSeat):
     name = "layer-frequency"
     source = "arXiv 2308.14352"
     cost = "O(n); O(R) an eviction"
+    version = 2
 
     def begin(self, world: World) -> None:
         """Nothing was used."""
         super().begin(world)
-        self.layers, self.experts = world.layers, world.experts
+        self.world = world
         self.uses = np.zeros(world.size, np.int64)
         self.layer = 0
 
@@ -55,4 +55,5 @@ class LayerFrequency(KeepSeat):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """As seen from the layer being served."""
-        return worth(self.uses[experts], experts // self.experts, self.layer, self.layers)
+        until = self.world.until(experts // self.world.experts, self.layer)
+        return worth(self.uses[experts], until, self.world.layers)

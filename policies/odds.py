@@ -224,14 +224,16 @@ def _judge(o: Odds, layer: int, rows: A) -> None:
     o.said[:2, layer] = 1
 
 
-def _foresee(o: Odds, layer: int, trail: A, window: int) -> None:
+def _foresee(o: Odds, layer: int, trail: A, window: int, decode_from: int) -> None:
     """What the layers just passed say of those to come.
 
     ``trail`` : int64 [W, S, k], rows of the layer events just passed, newest first.
     """
     most, sums, total = o.part[0], o.part[1], o.part[2]
     for d in range(1, o.z.shape[0] - 1):
-        target = (layer + d) % len(o.events)
+        target = layer + d
+        if target >= len(o.events):
+            target -= len(o.events) - decode_from
         total[:] = 0
         for w in range(trail.shape[0]):
             for s in range(trail.shape[1]):
@@ -259,7 +261,7 @@ def load_all(o: Odds) -> None:
         (settle, (kind, i, local)),
         (pair, (kind, i, i, rows, rows)),
         (judge, (kind, i, rows)),
-        (foresee, (kind, i, trail, i)),
+        (foresee, (kind, i, trail, i, i)),
     )
 
 
@@ -282,14 +284,19 @@ class Listener:
     """Feeds gates to the counts.
 
     reach, window : layer events ahead of which ``foresee`` speaks, and by how many just passed.
+    decode_from : first layer of a decoding pass.
 
     Pairs are counted by token and frequencies by layer event, which agree where one request
-    decodes; in large batches the evidence of pairs falls below what bins can tell. Layers are taken
-    to come in turn, as a decoder's do.
+    decodes; in large batches the evidence of pairs falls below what bins can tell. A decoder's
+    first layer follows an encoder in a prompt and the decoder's last one otherwise; both are
+    counted together.
     """
 
-    def __init__(self, layers: int, experts: int, reach: int = 0, window: int = 0) -> None:
-        self.reach, self.window = min(reach, layers - 1), window
+    def __init__(
+        self, layers: int, experts: int, reach: int = 0, window: int = 0, decode_from: int = 0
+    ) -> None:
+        self.reach, self.window = min(reach, layers - decode_from - 1), window
+        self.decode_from = decode_from
         self.lags = self.reach + window - 1 if reach else 0
         self.experts = experts
         self.odds = make_odds(layers, experts, self.reach, self.lags)
@@ -312,7 +319,7 @@ class Listener:
     def foresee(self, layer: int) -> IntArray:
         """int64 [reach, E] in 1/16384: chances 1, 2, ... layer events ahead; read it at once."""
         passed = [newest(source, rows) for source, rows in self.trail[: self.window]]
-        foresee(self.odds, layer, np.array(passed), self.window)
+        foresee(self.odds, layer, np.array(passed), self.window, self.decode_from)
         found: IntArray = self.odds.shares[SOON + 1 :]
         return found
 

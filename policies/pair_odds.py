@@ -48,7 +48,7 @@ MOST_DISTANT = 16
 class PairOdds(PrefetchSeat):
     """Prefetches the likeliest experts of the next layers, by counts of what follows what.
 
-    distance : layer events ahead, at most; one less than the model has layers counts the same.
+    distance : layer events ahead, at most; one less than a decoding pass has counts the same.
     window : layer events just passed that are heard.
     width : wishes that may wait for the link.
     floor : least probability of a wish.
@@ -57,6 +57,7 @@ class PairOdds(PrefetchSeat):
     name = "pair-odds"
     source = "ours"
     cost = "O(d w k E), w layers back"
+    version = 2
     needs = Needs.PAST
     distance: int = 3
     window: int = 3
@@ -77,8 +78,10 @@ class PairOdds(PrefetchSeat):
         # Only who replays waits for the compiler.
         from moesim.policies.odds import Listener
 
-        self.listener: Listener = Listener(world.layers, world.experts, self.distance, self.window)
-        self.layers, self.experts = world.layers, world.experts
+        self.listener: Listener = Listener(
+            world.layers, world.experts, self.distance, self.window, world.decode_from
+        )
+        self.world, self.experts = world, world.experts
         self.least = round(self.floor * PROBABILITY_ONE)
         for fact in world.past() if world.past is not None else ():
             if isinstance(fact, Gate):
@@ -104,7 +107,7 @@ class PairOdds(PrefetchSeat):
         if not self.listener.reach:
             return []
         return [
-            Forecast((gate.layer + d) % self.layers, p.copy(), np.flatnonzero(p >= self.least))
+            Forecast(self.world.ahead(gate.layer, d), p.copy(), np.flatnonzero(p >= self.least))
             for d, p in enumerate(self.listener.foresee(gate.layer), 1)
         ]
 

@@ -10,7 +10,7 @@ what will be used again, and when:
   density has it (Beckmann et al., NSDI'18), worth is expected hits for the room taken meanwhile.
 
 With p the probability at the layer's next event, q at any later one, d the layer events until the
-next, L those of a pass and theta a discount, an expert is worth its first use to come:
+next, L those of a decoding pass and theta a discount, an expert is worth its first use to come:
 
     theta^d * (p + (1 - p) * r),    r = q * theta^L / (1 - (1 - q) * theta^L)
 
@@ -59,6 +59,7 @@ class ReuseOdds(KeepSeat):
     name = "reuse-odds"
     source = "ours; worth after NSDI 2018 (LHD)"
     cost = "O(k E); O(R) an eviction"
+    version = 2
     needs = Needs.PAST
     horizon: float = 2.0
 
@@ -73,9 +74,9 @@ class ReuseOdds(KeepSeat):
         from moesim.policies.odds import Listener
 
         self.listener: Listener = Listener(world.layers, world.experts)
-        self.layers, self.experts = world.layers, world.experts
+        self.world = world
         events = np.arange(world.layers + 1)
-        discounts = np.exp2(-events / (self.horizon * world.layers))
+        discounts = np.exp2(-events / (self.horizon * world.period))
         self.discount = np.rint(discounts * ONE).astype(np.int64)
         self.rest = np.zeros((world.layers, world.experts), np.int64)
         self.worth = np.zeros((world.layers, world.experts), np.int64)
@@ -90,7 +91,7 @@ class ReuseOdds(KeepSeat):
         self.now = gate.layer
         self.listener.hear(gate)
         later, soon = self.listener.odds.shares[:2]
-        self.rest[gate.layer] = rest_of(later, int(self.discount[-1]))
+        self.rest[gate.layer] = rest_of(later, int(self.discount[self.world.period]))
         self.worth[gate.layer] = worth(soon, self.rest[gate.layer])
 
     def expected(self, forecast: Forecast) -> None:
@@ -103,6 +104,6 @@ class ReuseOdds(KeepSeat):
 
     def scores(self, experts: IntArray, event: int) -> IntArray:
         """Worth, discounted by the layer events until the next chance."""
-        wait = (self.layer_of[experts] - self.now - 1) % self.layers + 1
+        wait = self.world.until(self.layer_of[experts], self.now)
         found: IntArray = self.worth.reshape(-1)[experts] * self.discount[wait]
         return found

@@ -500,9 +500,20 @@ def predicted_end(named: Counter[int], absent: Sequence[int], load: int, host: i
 
 def test_edgemoe_weighs_uses_by_the_order_of_layers() -> None:
     """Three layers, the second is served: the third comes next, then the first, then it again."""
-    layers_of = np.array([0, 1, 2])
-    assert frequency_worth(np.array([1, 1, 1]), layers_of, 1, 3).tolist() == [2, 1, 3]
-    assert frequency_worth(np.array([2, 5, 1]), layers_of, 1, 3).tolist() == [4, 5, 3]
+    until = World(3, 1, 1, np.ones((1, 3), np.int64), (3,), "global").until(np.arange(3), 1)
+    assert frequency_worth(np.array([1, 1, 1]), until, 3).tolist() == [2, 1, 3]
+    assert frequency_worth(np.array([2, 5, 1]), until, 3).tolist() == [4, 5, 3]
+
+
+@pytest.mark.parametrize(("layers", "decode_from"), [(1, 0), (4, 0), (4, 1), (5, 3), (2, 1)])
+def test_layers_come_again_as_passes_run(layers: int, decode_from: int) -> None:
+    """A layer of the decoder at the first event that serves it; an encoder's in a new request."""
+    sizes = np.ones((1, layers), np.int64)
+    world = World(layers, 1, 1, sizes, (layers,), "global", decode_from=decode_from)
+    for now in range(layers):
+        for layer, until in enumerate(world.until(np.arange(layers), now).tolist()):
+            served = (d for d in range(1, layers + 1) if world.ahead(now, d) == layer)
+            assert until == next(served, layers - now + layer)
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,23 @@ def test_it_names_what_follows() -> None:
         assert wish.priority == shares[wish.expert // EXPERTS][wish.expert % EXPERTS] > ONE // 2
 
 
+def test_a_decoder_behind_an_encoder_comes_to_itself_again() -> None:
+    """Layer 0 is an encoder's: passes after the prompt's serve layers 1 and 2 alone."""
+    passes = [event for event in range(300) if event % LAYERS or event % 30 == 0]
+    gates = [turning(300)[event] for event in passes]
+    seat = PairOdds(distance=2, width=4, floor=0.5)
+    seat.begin(replace(world(gates), decode_from=1))
+    for one in turning(3, 300):
+        plan = seat.plan(one, Hosted().view)
+    assert [forecast.layer for forecast in plan.forecasts] == [1]
+    assert {w.expert for w in plan.prefetches} == {6 + 4, 6 + 5}, "the next pass chooses 4 and 5"
+    keep = ReuseOdds()
+    keep.begin(replace(world(gates), decode_from=1))
+    keep.on(turning(3, 300)[2])
+    worths = keep.worth.reshape(-1) * keep.discount[np.repeat([3 - 2, 1, 2], EXPERTS)]
+    assert keep.scores(np.arange(LAYERS * EXPERTS), 0).tolist() == worths.tolist()
+
+
 @pytest.mark.parametrize("queued, wishes", [(0, 3), (1, 2), (3, 0), (7, 0)])
 def test_the_queue_prices_its_breadth(queued: int, wishes: int) -> None:
     hosted = Hosted(turning(300), distance=2, width=3, floor=0.5)
