@@ -20,8 +20,8 @@ passes alone, as there; it is delivered by a background job of as many operation
 have weights. Under it lies LRU, evicting whatever is predicted or not, as in the paper's baseline.
 
 Choices where the source is silent: a token names its best ``width`` experts (0: the model's top k);
-a prompt (or each chunk of one) counts as one token that chose each expert as often as its tokens
-did on average.
+a prompt counts as one token that chose each expert as often as its tokens did on average, however
+it was cut into chunks.
 """
 
 from __future__ import annotations
@@ -72,11 +72,15 @@ def levelled(vector: AnyArray | None, wide: int) -> IntArray:
     return np.clip(values * ONE // size, -MOST_INPUT, MOST_INPUT)
 
 
-def shares(rows: AnyArray, experts: int) -> IntArray:
-    """Kernel: int64 [E] in 1/16384, the share of tokens [T, k] that chose each expert."""
+def counted(rows: AnyArray, experts: int) -> IntArray:
+    """Kernel: int64 [E], how many of the tokens [T, k] chose each expert."""
     named = rows.reshape(-1)
-    counts = np.bincount(named[named < experts], minlength=experts)
-    return counts.astype(np.int64) * ONE // max(1, len(rows))
+    return np.bincount(named[named < experts], minlength=experts).astype(np.int64)
+
+
+def shares(counts: IntArray, tokens: int) -> IntArray:
+    """Kernel: int64 [E] in 1/16384, the share of tokens that chose each expert."""
+    return counts * ONE // max(1, tokens)
 
 
 def faded(before: IntArray, now: IntArray) -> IntArray:
@@ -94,11 +98,17 @@ class Sight:
         self.often = np.zeros((layers, experts), np.int64)
         self.here = np.zeros((layers, experts), np.int64)
         """Of this pass alone."""
+        self._counts = np.zeros((layers, experts), np.int64)
+        self._tokens = [0] * layers
+        """Of this pass so far: a prompt may come in chunks."""
+        self._before = np.zeros((layers, experts), np.int64)
+        """``often``, when a layer was first seen in this pass."""
 
     def begin(self, embedding: AnyArray | None) -> None:
         """A forward pass."""
         self.embedding = levelled(embedding, self._wide)
-        self.here[:] = 0
+        self.here[:] = self._counts[:] = 0
+        self._tokens = [0] * len(self._tokens)
 
     def inputs(self, layer: int) -> IntArray:
         """int64 [F] in 1/16384: what the network of a layer sees now."""
@@ -107,11 +117,15 @@ class Sight:
         return np.concatenate((self.embedding, self.last[layer], self.often[layer], near))
 
     def see(self, layer: int, rows: AnyArray) -> None:
-        """What a layer has chosen for the tokens of this pass, [T, k]."""
-        now = shares(rows, self.last.shape[1])
+        """What a layer has chosen for tokens of this pass, [T, k]."""
+        if not self._tokens[layer]:
+            self._before[layer] = self.often[layer]
+        self._counts[layer] += counted(rows, self.last.shape[1])
+        self._tokens[layer] += len(rows)
+        now = shares(self._counts[layer], self._tokens[layer])
         self.last[layer] = self.here[layer] = now
-        first = not self.often[layer].any()
-        self.often[layer] = now if first else faded(self.often[layer], now)
+        before = self._before[layer]
+        self.often[layer] = faded(before, now) if before.any() else now
 
 
 def wide_of(experts: int, embedding: int) -> int:
@@ -183,6 +197,7 @@ class TokenNet(FittedSeat[TokenNets]):
     name = "token-net"
     source = "arXiv 2508.17137"
     cost = "O(T F H) for F = d + 3 E"
+    version = 2
     policy, fit, mend = "moe-beyond", FIT, MEND
 
     def stored(self, path: Path) -> tuple[TokenNets, str]:

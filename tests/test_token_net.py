@@ -22,6 +22,7 @@ from moesim.policies.token_net import (
     Sight,
     TokenNet,
     TokenNets,
+    counted,
     faded,
     levelled,
     load,
@@ -182,7 +183,7 @@ def test_an_embedding_at_length_one() -> None:
 
 def test_shares_and_fading() -> None:
     rows = np.array([[0, 2], [2, DROPPED]], np.uint16)
-    assert shares(rows, 4).tolist() == [ONE // 2, 0, ONE, 0]
+    assert shares(counted(rows, 4), len(rows)).tolist() == [ONE // 2, 0, ONE, 0]
     before, now = np.array([ONE, 0]), np.array([0, ONE])
     assert faded(before, now).tolist() == [ONE - (ONE >> FADE_SHIFT), ONE >> FADE_SHIFT]
 
@@ -200,6 +201,20 @@ def test_a_request_is_seen_layer_by_layer() -> None:
     sight.see(0, np.array([[2]]))
     part = ONE >> FADE_SHIFT
     assert sight.inputs(0).tolist() == [0, 0, 0, 0, ONE, 0, ONE - part, part, *nothing]
+
+
+@pytest.mark.parametrize("cuts", [[7], [1, 6], [2, 2, 3], [1] * 7])
+def test_chunks_of_a_prompt_are_one_prompt(cuts: list[int]) -> None:
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 5, (7, 2)).astype(np.uint16) for _ in range(3)]
+    whole, chunked = Sight(1, 5, 1, 0), Sight(1, 5, 1, 0)
+    for prompt in prompts:
+        whole.begin(None)
+        chunked.begin(None)
+        whole.see(0, prompt)
+        for chunk in np.split(prompt, np.cumsum(cuts)[:-1]):
+            chunked.see(0, chunk)
+        assert chunked.inputs(0).tolist() == whole.inputs(0).tolist()
 
 
 # ---- fitting -------------------------------------------------------------------------------------
