@@ -89,7 +89,8 @@ class Work:
     pass_tokens : most tokens that a layer of each iteration sees.
     lead : 1 if the recording begins with a prefill, else 0.
     shape : how long it is served; None: as recorded.
-    base : its first row in the bank that holds all rows of the run, or -1.
+    bank, base : the experts of all recordings of the run, uint16 [rows, k], and the first row of
+    this one; None where its passes are not all alike.
     follows, followed : the request (by ``index``) whose end it waits for, or -1; whether another
     waits for its own.
     """
@@ -110,7 +111,8 @@ class Work:
     embedded: bool = False
     lead: int = 0
     shape: Shape | None = None
-    base: int = -1
+    bank: AnyArray | None = None
+    base: int = 0
     follows: int = -1
     followed: bool = False
     next_pass: int = 0
@@ -194,10 +196,15 @@ class Work:
             return self.context(last, self.blocks[self.passes[self.recorded(last) + 1]] - 1)
         return self.context_after(0)
 
+    def prompt_context(self, tokens: int) -> int:
+        """Tokens in the KV cache when so many of its prompt have been computed."""
+        before = 0 if self.shape is None else self.shape.before
+        return before + tokens + (0 if self.is_prompted else int(self.rows.position[0]))
+
     def context_after(self, number: int) -> int:
         """Tokens in the KV cache when a forward pass has ended."""
-        if not number and self.shape is not None and self.shape.prompt_tokens:
-            return self.shape.before + self.shape.prompt_tokens
+        if not number and self.is_prompted:
+            return self.prompt_context(self.tokens(0))
         return self.context(number, self.blocks[self.passes[self.recorded(number) + 1]] - 1)
 
     def prompt_embedding(self) -> AnyArray | None:
@@ -775,15 +782,14 @@ def _contiguous(part: Part, low: int, high: int) -> Span:
 
 def _prompted(part: Part, layer: int, low: int) -> Span:
     """Tokens of a prompt whose length was not recorded: the recorded rows, again from the first."""
-    work, shape = part.work, part.work.shape
-    assert shape is not None
+    work = part.work
     tokens = np.arange(part.first, part.last)
     if work.lead:
         rows = low + tokens % work.pass_tokens[0]
     else:
         decoded = np.flatnonzero(work.rows.layer == layer)
         rows = decoded[tokens % len(decoded)]
-    return Span(part, rows, len(rows), shape.before + part.last)
+    return Span(part, rows, len(rows), work.prompt_context(part.last))
 
 
 def context_tokens(step: Step) -> int:

@@ -14,6 +14,7 @@ from moesim.compiled import entry
 from moesim.costs import Costs
 from moesim.engine.fields import D, E, T
 from moesim.engine.foresight import Foreseer
+from moesim.engine.gather import Gatherer
 from moesim.errors import UsageError
 from moesim.types import DROPPED, AnyArray, IntArray, LayerEvent, Phase, Slot, quick_maker
 from moesim.workload import (
@@ -30,6 +31,8 @@ make_event = quick_maker(LayerEvent)
 
 LAYER_BITS, CONTEXT_BITS, TOKEN_BITS = 12, 32, 19
 """What a look-up of costs packs into one number: layers that differ, context, tokens."""
+
+NONE_SAID, NOTHING_SEEN = np.zeros(1, np.int64), np.zeros(1, np.int64)
 
 Piece = tuple[Work, slice | IntArray]
 """Rows of a request's recording."""
@@ -96,6 +99,8 @@ class BlockMaker:
         self._future = future
         self._asked = asked
         self._foreseer = foreseer
+        simple = not (flat or asked or distance or future or foreseer)
+        self._gatherer = Gatherer(costs, experts, cpu=cpu) if simple else None
         self._dense: dict[int, int] = {}
         self._alike = _classes(costs.alike)
         self._experts_alike = _classes(costs.experts_alike)
@@ -103,6 +108,9 @@ class BlockMaker:
 
     def make(self, items: Sequence[Passes | Step]) -> Block:
         """The block of these steps."""
+        g, only = self._gatherer, items[0]
+        if g is not None and len(items) == 1 and isinstance(only, Step) and g.gather(only):
+            return Block(items, g.events, g.demand, g.ids, g.table, NONE_SAID, NOTHING_SEEN)
         rows = _Rows(items, asked=self._asked)
         experts = _gather([w.rows.experts[at] for w, at in rows.pieces])
         phases = rows.phases()

@@ -334,13 +334,14 @@ class Bank:
         if not held:
             return
         experts = np.concatenate([work.rows.experts for work in held])
-        experts.flags.writeable = False
+        alike = len({layers for work in held for layers in _layers_of(work)}) == 1
         base = 0
-        shapes = {shape for work in held for shape in _layers_of(work)}
         for work in held:
             last = base + work.rows.rows
-            work.rows = replace(work.rows, experts=experts[base:last])
-            work.base = base if len(shapes) == 1 and _is_even(work) else -1
+            own = experts[base:last]
+            own.flags.writeable = False
+            work.rows = replace(work.rows, experts=own)
+            work.bank, work.base = (experts if alike and _is_even(work) else None), base
             base = last
 
     def serve(self, plan: Plan) -> Iterator[Work]:
@@ -372,8 +373,15 @@ def _layers_of(work: Work) -> set[tuple[int, ...]]:
 
 
 def _is_even(work: Work) -> bool:
-    """Whether each pass has as many tokens at every layer, and a decoded one has one."""
+    """Whether each pass has as many tokens at every layer, a decoded one has one, and positions
+    rise one by one."""
     sizes = np.diff(work.bounds)
     counts = np.diff(work.passes)
     even = bool((sizes == np.repeat(work.pass_tokens, counts)).all())
-    return even and all(tokens == 1 for tokens in work.pass_tokens[work.lead :])
+    if not even or any(tokens != 1 for tokens in work.pass_tokens[work.lead :]):
+        return False
+    position = work.rows.position
+    heads = position[work.bounds[work.passes[:-1]]][work.lead :]
+    tokens = work.pass_tokens[0]
+    prompt = position[: tokens * work.passes[1]].reshape(-1, tokens)
+    return bool((np.diff(heads) == 1).all() and (prompt - prompt[0, 0] == np.arange(tokens)).all())
