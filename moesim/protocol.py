@@ -132,6 +132,8 @@ class World:
         first = np.unique(self.caches, return_index=True)[1] // self.experts
         sizes = self.expert_bytes[0, first].tolist()
         return [held // size for held, size in zip(self.capacity_bytes, sizes, strict=True)]
+
+    @property
     def period(self) -> int:
         """Layer events of a decoding pass."""
         return self.layers - self.decode_from

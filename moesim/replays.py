@@ -33,7 +33,7 @@ from moesim.protocol import Policy, SeatPolicy, World, has_mixed, initially
 from moesim.registry import PolicySpec, resolve
 from moesim.result import RunStore, digest_of, host_facts, request_times, source_digest
 from moesim.serve.arrivals import BACK_TO_BACK, LOG, RECORDED, digest_of_log, parse_arrivals
-from moesim.serve.continuous import ContinuousBatch
+from moesim.serve.continuous import ContinuousBatch, kv_room
 from moesim.serve.options import DECODE_FIRST, STATIC, Serving
 from moesim.serve.report import report
 from moesim.serve.stream import Bank, Plan, Recorded, is_plain, plan_of, queue_of
@@ -381,19 +381,11 @@ class _Replay:
         )
 
     def _kv_tokens(self, capacity: Capacity) -> int:
-        """Tokens of KV cache that leave each cache room for the experts of one token; -1: the KV
-        cache lies apart."""
-        per_token = int(self.model.kv_bytes_table().sum())
-        if not self.request.options.share_kv or not per_token:
+        if not self.request.options.share_kv:
             return -1
-        caches = self._caches(capacity)
         sizes: list[int] = self.model.expert_bytes_table().tolist()
-        room: list[int] = []
-        for cache, whole in enumerate(caches):
-            largest = sizes[cache] if len(caches) == len(sizes) else max(sizes)
-            least = largest * self.meta.top_k if largest * self.meta.top_k < whole else largest
-            room.append(((whole - least + 1) * len(caches) - 1) // per_token)
-        return max(0, min(room))
+        per_token = int(self.model.kv_bytes_table().sum())
+        return kv_room(self._caches(capacity), sizes, self.meta.top_k, per_token)
 
     @property
     def devices(self) -> int:

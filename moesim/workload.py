@@ -443,6 +443,15 @@ class Queue:
             heapq.heappush(self._free, now_ns + self.think_ns)
             self._ask()
 
+    def is_ready(self, now_ns: int, wanted: int) -> bool:
+        """Let those wait that have arrived; False if more must be offered before it is known who
+        the first ``wanted`` are."""
+        # Where arrivals depend on ends, they are not offered in order of arrival.
+        if self.reacts and not self.is_known(now_ns):
+            return False
+        self.arrive(now_ns)
+        return len(self.waiting) >= wanted or self.is_known(now_ns)
+
     def arrive(self, now_ns: int) -> None:
         """Let those wait that have arrived."""
         while self._coming and self._coming[0][0] <= now_ns:
@@ -544,14 +553,12 @@ class StaticBatch:
 
     def _run_on(self, now_ns: int) -> Idle | str | None:
         """Admit a new batch if the last has finished; why that cannot be."""
-        self.queue.arrive(now_ns)
         for work in self._running:
             if work.finished:
                 self.queue.end(work, now_ns)
-        self.queue.arrive(now_ns)
         self._running = [w for w in self._running if not w.finished]
         if self.until_ns and now_ns >= self.until_ns:
-            return DONE
+            return stop(self.queue, now_ns)
         return None if self._running else self._admit(now_ns)
 
     def _step(self) -> Step:
@@ -562,7 +569,7 @@ class StaticBatch:
 
     def _admit(self, now_ns: int) -> Idle | str | None:
         queue = self.queue
-        if len(queue.waiting) < self.batch and not queue.is_known(now_ns):
+        if not queue.is_ready(now_ns, self.batch):
             return STARVED
         if not queue.waiting:
             return rest(queue, self.until_ns)
@@ -580,6 +587,13 @@ def rest(queue: Queue, until_ns: int) -> Idle | str:
     if queue.next_ns is None:
         return DONE
     return Idle(min(queue.next_ns, until_ns) if until_ns else queue.next_ns)
+
+
+def stop(queue: Queue, now_ns: int) -> str:
+    """What a scheduler answers when no step may begin any more: it is done, once it is known who
+    has arrived."""
+    queue.arrive(now_ns)
+    return DONE if queue.is_known(now_ns) else STARVED
 
 
 def take(work: Work, most: int) -> Part:

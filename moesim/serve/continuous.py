@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moesim.errors import UsageError
 from moesim.types import NEVER, Phase
-from moesim.workload import DONE, STARVED, Idle, Part, Passes, Queue, Step, Work, rest, take
+from moesim.workload import STARVED, Idle, Part, Passes, Queue, Step, Work, rest, stop, take
 
 
 class ContinuousBatch:
@@ -66,11 +68,10 @@ class ContinuousBatch:
     def next_step(self, now_ns: int) -> Step | Idle | str:
         """The next step; who has ended leaves, who has arrived joins."""
         queue = self.queue
-        queue.arrive(now_ns)
         if self._ending:
             self._leave(now_ns)
         if self.until_ns and now_ns >= self.until_ns:
-            return DONE
+            return stop(queue, now_ns)
         if len(self._running) < self.batch and not self._admit(now_ns):
             return STARVED
         if not self._running:
@@ -92,14 +93,13 @@ class ContinuousBatch:
             self.queue.end(work, now_ns)
         self._ending = []
         self._running = [work for work in self._running if not work.finished]
-        self.queue.arrive(now_ns)
 
     def _admit(self, now_ns: int) -> bool:
         """Let requests join; False if the next must be offered before it can be said who does."""
         waiting = self.queue.waiting
-        while len(self._running) < self.batch:
-            if not waiting:
-                return self.queue.is_known(now_ns)
+        if not self.queue.is_ready(now_ns, self.batch - len(self._running)):
+            return False
+        while waiting and len(self._running) < self.batch:
             if self.kv_tokens >= 0 and not self._reserve(waiting[0]):
                 break
             work = waiting.popleft()
@@ -164,3 +164,22 @@ class ContinuousBatch:
         if work.finished:
             self._ending.append(work)
         return part
+
+
+def kv_room(
+    capacity_bytes: Sequence[int], expert_bytes: Sequence[int], top_k: int, per_token: int
+) -> int:
+    """Tokens of KV cache that leave each cache room for the experts of one token, or for one
+    expert where those never fit; -1: tokens take none.
+
+    expert_bytes : of each layer.
+    """
+    if not per_token:
+        return -1
+    caches = len(capacity_bytes)
+    room: list[int] = []
+    for cache, whole in enumerate(capacity_bytes):
+        largest = expert_bytes[cache] if caches == len(expert_bytes) else max(expert_bytes)
+        least = largest * top_k if largest * top_k < whole else largest
+        room.append(((whole - least + 1) * caches - 1) // per_token)
+    return max(0, min(room))
