@@ -136,8 +136,8 @@ def _plot(name: str, height: int, zoom: str, rows: Any = None) -> Any:
         name=name,
         height=height,
         sizing_mode="stretch_width",
-        x_range=Range1d(0, 1),
-        y_range=rows if rows is not None else Range1d(0, 1),
+        x_range=Range1d(start=0, end=1),
+        y_range=rows if rows is not None else Range1d(start=0, end=1),
         tools=[
             box,
             PanTool(dimensions=along, description="move"),

@@ -266,7 +266,8 @@ def _is_load(span: report_timeline.Span) -> bool:
 
 def _within(clocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As many as the page has room for."""
-    kept, spans = [], 0
+    kept: list[dict[str, Any]] = []
+    spans = 0
     for clock in clocks:
         spans += sum(len(one["spans"]) for one in clock["passes"])
         if kept and spans > MOST_SPANS:

@@ -278,12 +278,11 @@ def _validation(setting: Setting, every: Sequence[Setting]) -> Iterator[str]:
     """Simulated runs beside measured ones of the same, where the report was given both."""
     if setting.runs[0].real:
         return
-    key = lambda run: canonical([run.manifest.get(name) for name in KEYS])  # noqa: E731
-    measured = {key(r): r for other in every for r in other.runs if r.real and r.tpot_ns}
+    measured = {_key(r): r for other in every for r in other.runs if r.real and r.tpot_ns}
     errors = [
-        (run.tpot_ns or 0.0) / (measured[key(run)].tpot_ns or 1.0) - 1
+        (run.tpot_ns or 0.0) / (measured[_key(run)].tpot_ns or 1.0) - 1
         for run in setting.runs
-        if key(run) in measured
+        if _key(run) in measured
     ]
     if errors:
         yield (
@@ -292,6 +291,11 @@ def _validation(setting: Setting, every: Sequence[Setting]) -> Iterator[str]:
         )
     else:
         yield "No measured run of the same is among these: moesim real campaign makes them"
+
+
+def _key(run: Run) -> str:
+    """What a simulation and its measurement share."""
+    return canonical([run.manifest.get(name) for name in KEYS])
 
 
 # ---- words ---------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_the_wheel_is_whole_and_holds_nothing_else(wheel: Path) -> None:
         (Path(package) / path.relative_to(ROOT / folder)).as_posix()
         for package, folder in (("moesim", "moesim"), *((f"moesim/{n}", n) for n in LINKED))
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".toml", ".parquet", ".typed"} and not _linked(path)
+        if path.suffix in {".py", ".toml", ".parquet", ".typed", ".html", ".css", ".js"} and not _linked(path)
     }
     models = [path for path in (ROOT / "traces" / "models").rglob("*") if path.is_file()]
     expected |= {f"moesim/{path.relative_to(ROOT).as_posix()}" for path in models}
