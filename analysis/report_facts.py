@@ -73,6 +73,8 @@ def answer(setting: Setting, every: Sequence[Setting]) -> Answer:
     told = Answer(_headline(setting, places))
     told.lines = [_line(place, setting) for place in places]
     told.belief = [*_belief(setting), *_validation(setting, every)]
+    if not all("ladder" in place.best.summary for place in places):
+        told.belief.append("How far from the bounds is not known: replay with --ladder --out")
     _diagnose(setting, told)
     return told
 
@@ -143,6 +145,8 @@ def _headline(setting: Setting, places: Sequence[_Place]) -> str:
 
 def _leads(name: str, places: Sequence[_Place], of: int) -> str:
     capacities = [place.capacity for place in places]
+    if all(place.next is None for place in places):
+        return f"{name} is the only policy here that could be used ({_listed(capacities)})"
     if len(capacities) == of > 1:
         return f"{name} is the quickest at every capacity ({_listed(capacities)})"
     return f"{name} is the quickest at {_listed(capacities)}"
@@ -163,10 +167,7 @@ def _line(place: _Place, setting: Setting) -> str:
 
 
 def _distance(run: Run) -> Iterator[str]:
-    rungs = run.summary.get("ladder")
-    if not rungs:
-        yield "how far from the bound: not known, replay with --ladder"
-        return
+    rungs = run.summary.get("ladder", {})
     for name, words in (
         ("hindsight", "the time of hindsight prefetch (a strong heuristic)"),
         (ladder.ROOF, "that of everything resident"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(kept: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    return shutil.copytree(kept, tmp_path / "runs")
+    """A copy to change, without the timelines."""
+    ignored = shutil.ignore_patterns("timeline.json")
+    return shutil.copytree(kept, tmp_path / "runs", ignore=ignored)
 
 
 def changed(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
@@ -121,6 +123,7 @@ def test_degrees_of_belief_are_said(runs: Path) -> None:
     changed(real, "manifest.json", lambda m: m.update(engine="real", repeat=0))
     changed(real, "summary.json", lambda s: s["tpot_ns"].update(mean=s["tpot_ns"]["mean"] * 2))
     by_name = dict(page([runs]).answers)
+    assert "the only policy here" in by_name["runs measured"].headline
     assert sorted(by_name) == ["runs measured", "runs simulated"]
     (line,) = (s for s in by_name["runs simulated"].belief if "Against" in s)
     assert "Against 1 measured" in line and "off by -50.0%" in line
@@ -150,6 +153,20 @@ def test_settings_are_not_compared(runs: Path) -> None:
     made = page([runs])
     assert sorted(name for name, _ in made.answers) == ["trace 817497dd", "trace ffffffff"]
     assert "These runs are of 2 traces; nothing is compared across them." in made.html
+
+
+def test_the_example_of_the_manual(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manual = (Path(__file__).resolve().parents[1] / "analysis" / "README.md").read_text()
+    (block,) = re.findall(r"^```\n(moesim replay.*?moesim report.*?)^```", manual, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    out = capsys.readouterr().out
+    assert "next-gate is the quickest at" in out
+    html = (tmp_path / "report.html").read_text()
+    assert f"{len(list((tmp_path / 'runs').iterdir()))} runs · experts of demo" in html
 
 
 # ---- the clock -----------------------------------------------------------------------------------
@@ -197,9 +214,9 @@ def test_passes_follow_each_other(kept: Path) -> None:
 
 
 def test_a_step_is_drawn_as_asked(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clocks = data(page([kept], step=7).html)["clocks"]
+    clocks = data(page([one(kept, "lru"), one(kept, "next-gate")], step=7).html)["clocks"]
     assert clocks and all(c["passes"][c["chosen"]]["step"] == 7 for c in clocks)
-    assert main(["report", str(kept), "--step", "9999"]) == 2
+    assert main(["report", str(one(kept, "lru")), "--step", "9999"]) == 2
     assert "has steps 0 to" in capsys.readouterr().err
 
 
@@ -207,7 +224,7 @@ def test_entropy_is_that_of_the_gates(kept: Path) -> None:
     """Between none and an even choice; the trace must be the one that was replayed."""
     from moesim.traces.samples import trace_path
 
-    told = data(page([kept], trace=trace_path("demo")).html)["entropy"]
+    told = data(page([one(kept, "lru")], trace=trace_path("demo")).html)["entropy"]
     assert told["of"] == "all experts" and told["most"] == 5.0
     known = [v for row in told["bits"] for v in row if v is not None]
     assert len(told["bits"]) == 8 and 0 < min(known) <= max(known) <= 5
@@ -218,10 +235,11 @@ def test_entropy_is_that_of_the_gates(kept: Path) -> None:
 
 def test_equal_runs_give_equal_bytes(kept: Path, tmp_path: Path) -> None:
     """Twice in one process, and in another that hashes otherwise."""
-    first = page([kept]).html
-    assert page([kept]).html == first
+    some = [one(kept, "next-gate"), one(kept, "lru")]
+    first = page(some).html
+    assert page(some).html == first
     out = tmp_path / "page.html"
-    command = [sys.executable, "-m", "moesim", "report", str(kept), "-o", str(out)]
+    command = [sys.executable, "-m", "moesim", "report", *map(str, some), "-o", str(out)]
     ended = subprocess.run(
         command, check=False, capture_output=True, text=True, env={"PYTHONHASHSEED": "7"}
     )
@@ -253,7 +271,7 @@ def test_a_sweep_of_200_runs_is_small(kept: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_asked_of_the_network(kept: Path) -> None:
     """The page's own policy names the two scripts that may run, and allows no address."""
-    html = page([kept]).html
+    html = page([one(kept, "lru")]).html
     shell = html.partition("<script>")[0]
     assert not re.findall(r'(?:src|href)="(?!data:)', shell)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)
@@ -337,15 +355,15 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_another_trace(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(kept), "-o", str(tmp_path / "page.html"), "--trace"]
+    words = [str(one(kept, "lru")), "-o", str(tmp_path / "page.html"), "--trace"]
     refused([*words, "demo-qwen"], "--trace", "its digest is", capsys)
     refused([*words, "nowhere.parquet"], "nowhere.parquet", "no such file", capsys)
 
 
-def test_nowhere_to_write(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused([str(kept), "-o", str(tmp_path / "no" / "p.html")], "p.html", "cannot be", capsys)
-    refused([str(kept), "-o", str(tmp_path)], "-o", "cannot be written", capsys)
-    assert list(tmp_path.iterdir()) == []
+def test_nowhere_to_write(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused([str(runs), "-o", str(tmp_path / "no" / "p.html")], "p.html", "cannot be", capsys)
+    refused([str(runs), "-o", str(runs)], "-o", "cannot be written", capsys)
+    assert list(tmp_path.iterdir()) == [runs]
 
 
 def test_without_the_library(
@@ -358,7 +376,7 @@ def test_without_the_library(
 
 def test_a_sweep_is_read_from_its_table(kept: Path, tmp_path: Path) -> None:
     """Folders as named, or beside the table when the whole was moved."""
-    shutil.copytree(kept, tmp_path / "runs")
+    shutil.copytree(kept, tmp_path / "runs", ignore=shutil.ignore_patterns("timeline.json"))
     folders = [f"elsewhere/runs/{path.name}" for path in sorted(kept.iterdir())]
     pq.write_table(pa.table({"run_dir": folders}), tmp_path / "runs" / "results.parquet")
     made = page([tmp_path / "runs" / "results.parquet"])

@@ -86,8 +86,12 @@ def opened(browser: Any, file: Path) -> Any:
 def show(browser: Any, path: Path) -> None:
     """Open a page, and wait until its figures are drawn."""
     browser.get(path.as_uri())
-    ready = "return document.documentElement.dataset.ready === 'yes'"
-    WebDriverWait(browser, 60).until(lambda b: b.execute_script(ready))
+    wait(browser, "document.documentElement.dataset.ready === 'yes'")
+
+
+def wait(browser: Any, condition: str) -> None:
+    """Until a JavaScript expression is true."""
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(f"return {condition}"))
 
 
 def complaints(browser: Any) -> list[str]:
@@ -215,7 +219,7 @@ def test_light_and_dark(opened: Any) -> None:
     for wish in ("dark", "light"):
         feature = {"name": "prefers-color-scheme", "value": wish}
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        assert told(opened, "document.documentElement.dataset.theme") == wish
+        wait(opened, f"document.documentElement.dataset.theme === '{wish}'")
     # From here on the reader has chosen.
     light, light_cells = ground(), cells()
     opened.find_element(By.ID, "theme").click()
