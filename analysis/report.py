@@ -93,7 +93,6 @@ def _filled(
 ) -> str:
     import bokeh
     from jinja2 import Environment
-    from markupsafe import Markup
 
     from moesim.analysis.report_charts import document, script
 
@@ -111,12 +110,12 @@ def _filled(
         columns=report_data.COLUMNS,
         rows=_rows(found, names),
         provenance=[report_data.provenance(run) for setting in found for run in setting.runs],
-        data=Markup(_inline(figures)),
-        document=Markup(_inline(document())),
-        library=Markup(library),
-        script=Markup(own),
-        script_sources=Markup(sources),
-        style=Markup(_file("report.css")),
+        data=_inline(figures),
+        document=_inline(document()),
+        library=library,
+        script=own,
+        script_sources=sources,
+        style=_file("report.css"),
         version=__version__,
         bokeh=bokeh.__version__,
     )

@@ -89,7 +89,7 @@ def _library() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("bokeh", "jinja2", "markupsafe", "pandas"):
+        if error.name not in ("bokeh", "jinja2", "pandas"):
             raise
         raise NotRunError(
             f"not run: a report needs {error.name}, which is not installed; "
