@@ -112,11 +112,17 @@ def _call_plain(function: int, held: Any, what: int, about: int) -> int:
 
 
 def _held_plain(address: Any, whole: Any) -> Any:
-    return address
+    return _plain[int(address)] if isinstance(address, int | np.integer) else address
+
+
+def _lay_plain(address: int, held: Any) -> int:
+    _plain[int(address)] = held
+    return 0
 
 
 _config: Any = numba.config
 held_at: Any = _held_plain if _config.DISABLE_JIT else compiler.held_at
+lay_at: Any = _lay_plain if _config.DISABLE_JIT else compiler.lay_at
 call_with: Any = _call_plain if _config.DISABLE_JIT else compiler.call_with
 
 

@@ -159,6 +159,20 @@ def call_with(typing_context: Any, function: Any, held: Any, what: Any, about: A
     return number(number, held, number, number), generate
 
 
+@intrinsic
+def lay_at(typing_context: Any, address: Any, held: Any) -> Any:
+    """Copy a held tuple to an address, where ``held_at`` finds it; how many bytes it takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        far = context.make_helper(builder, held, values[1]).far
+        place = builder.inttoptr(values[0], far.type)
+        builder.store(builder.load(far), place)
+        nbytes = context.get_abi_sizeof(far.type.pointee)
+        return context.get_constant(types.int64, nbytes)
+
+    return types.int64(address, held), generate
+
+
 @register_pass(mutates_CFG=False, analysis_only=False)
 class HoldTuples(FunctionPass):
     """``m = hold(m)`` in front of everything, for each argument that is a named tuple."""

@@ -206,10 +206,6 @@ class _Replay:
         self.store = RunStore(request.out) if request.out else None
         self.arrivals = parse_arrivals(request.arrivals)
         self._streams: dict[tuple[Inputs, ...], list[Bank]] = {}
-        if self.devices > 1 and request.engine == "fast":
-            raise UsageError(
-                "--engine fast: serves one device; use --engine reference, or --devices 1"
-            )
         self._future: KnownFuture | None = None
         self._calibration: IntArray | None = None
         self._in_hindsight = False

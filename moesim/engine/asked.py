@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from moesim.answers import Answers
 from moesim.engine.block import Sources
 from moesim.engine.clock import TOO_LONG
+from moesim.engine.exchange import Exchange
 from moesim.engine.fields import Ask, C, Command, D, Heard, K, Q, S
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.setup import Setup
@@ -47,7 +48,7 @@ from moesim.types import (
     Status,
     quick_maker,
 )
-from moesim.view import Window
+from moesim.view import Window, serving_caches
 from moesim.workload import Step, begin_facts, end_facts, union
 
 # Plain numbers: an enumeration's members are slow to look up where every layer event does it.
@@ -69,7 +70,7 @@ Row = tuple[int, int, int, int, int, int]
 class Asked:
     """One policy in plain Python, asked by one machine."""
 
-    def __init__(self, setup: Setup, machine: M) -> None:
+    def __init__(self, setup: Setup, machine: M, devices: Sequence[M] = ()) -> None:
         self.error: BaseException | None = None
         self.sources: Sources | None = None
         """Of the block under way."""
@@ -78,13 +79,19 @@ class Asked:
         self._m = machine
         # What every layer event needs: a memory view gives plain numbers, and quickly.
         self._s = memoryview(machine.s)
-        self._victim = memoryview(machine.q[Q.VICTIMS])
+        self._victims_row = machine.q[Q.VICTIMS]
+        self._victim = memoryview(self._victims_row)
         self._offered = machine.q[Q.CANDIDATES]
+        self._exchange = None
+        if setup.world.owners is not None:
+            self._exchange = Exchange(setup.world, setup.costs)
+        self._before = -1, -1
+        """Step and layer of the newest layer event that was routed."""
         self._status = machine.cur[D.STATUS]
         self._size = setup.world.size
         self._bytes_of: list[int] = machine.k[K.BYTES, : len(machine.state)].tolist()
         self._cache_of: list[int] = machine.k[K.CACHE, : len(machine.state)].tolist()
-        self.view = _view(setup, machine)
+        self.view = _view(setup, machine, devices)
         self.answers = Answers(setup.policy, setup.world, self.view, self._bytes_of)
         self._picky = setup.policy.bypass
         self._simply = setup.policy.scored and not setup.policy.bypass
@@ -106,11 +113,27 @@ class Asked:
         }
         self._answers = [answers[what] for what in Ask]
         self._function = HostFunction(self._answer)
+        self._devices: list[Any] = []
 
     @property
     def address(self) -> int:
         """Where the core calls."""
         return int(ctypes.cast(self._function, ctypes.c_void_p).value or 0)
+
+    def of_device(self, machine: M) -> int:
+        """Where one of several devices calls: it holds the scalars, and its victims are asked."""
+        row, offered = machine.q[Q.VICTIMS], machine.q[Q.CANDIDATES]
+        own = memoryview(machine.s), row, memoryview(row), offered
+
+        def answer(what: int, about: int) -> int:
+            before = self._s, self._victims_row, self._victim, self._offered
+            self._s, self._victims_row, self._victim, self._offered = own
+            answered = self._answer(what, about)
+            self._s, self._victims_row, self._victim, self._offered = before
+            return answered
+
+        self._devices.append(HostFunction(answer))
+        return int(ctypes.cast(self._devices[-1], ctypes.c_void_p).value or 0)
 
     def _answer(self, what: int, about: int) -> int:
         """Answer the core."""
@@ -171,6 +194,12 @@ class Asked:
         event = self.answers.event = self._s[EVENT]
         source = self._routed = self._source(row, event)
         routed = self.answers.route(source)
+        if self._exchange is not None:
+            step, layer = self._before
+            chosen = self.answers.routed_experts(source)
+            before = layer if step == source.step else -1
+            self._m.s[S.EXCHANGE_NS] = self._exchange.again(source.layer, before, chosen)
+            self._before = source.step, source.layer
         if routed.experts is not None or routed.precisions is not None:
             self._demand(source, routed)
         return 0
@@ -307,7 +336,7 @@ class Asked:
     def _waits_for_link(self) -> bool:
         """Whether anything may need the link to be woken, as is done after every plan."""
         s = self._s
-        return bool(s[D_HEAD] != s[D_TAIL] or s[P_COUNT])
+        return bool(s[D_HEAD] != s[D_TAIL] or s[P_COUNT] or self._exchange is not None)
 
     def _commands(self, plan: Plan) -> Iterator[Row]:
         answers = self.answers
@@ -336,7 +365,7 @@ class Asked:
         return keys
 
     def _victims(self, keys: list[int]) -> int:
-        self._m.q[Q.VICTIMS, : len(keys)] = keys
+        self._victims_row[: len(keys)] = keys
         return len(keys)
 
     def _choose(self, load: int) -> int:
@@ -380,15 +409,20 @@ class Asked:
         return "in another cache, or held by a plan of higher priority"
 
 
-def _view(setup: Setup, m: M) -> Window:
+def _view(setup: Setup, m: M, devices: Sequence[M]) -> Window:
     """What the policy may see, of the machine's own arrays."""
 
     def queued() -> int:
-        waiting = m.q[Q.PREFETCH, : m.s[S.P_COUNT]]
-        return int((m.k[K.IS_ISSUED, waiting] == 0).sum())
+        waiting = 0
+        for own in devices or (m,):
+            there = own.q[Q.PREFETCH, : own.s[S.P_COUNT]]
+            waiting += int((m.k[K.IS_ISSUED, there] == 0).sum())
+        return waiting
+
+    serving = serving_caches(m.k[K.CACHE, : setup.world.size].tolist(), setup.world.experts)
 
     def free_bytes(layer: int) -> int:
-        cache = m.k[K.CACHE, layer * setup.world.experts]
-        return int(m.c[C.CAPACITY, cache] - m.c[C.USED, cache])
+        caches = serving[layer]
+        return sum(int(m.c[C.CAPACITY, cache] - m.c[C.USED, cache]) for cache in caches)
 
     return Window(m.state[: setup.world.size], lambda: int(m.s[S.JOBS]), queued, free_bytes)

@@ -12,6 +12,7 @@ import numpy as np
 
 from moesim.compiled import entry
 from moesim.costs import Costs
+from moesim.engine.exchange import Exchange
 from moesim.engine.fields import D, E, T
 from moesim.engine.foresight import Foreseer
 from moesim.engine.gather import Gatherer
@@ -89,6 +90,7 @@ class BlockMaker:
         future: KnownFuture | None = None,
         asked: bool = False,
         foreseer: Foreseer | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._costs = costs
         self._experts = experts
@@ -99,8 +101,9 @@ class BlockMaker:
         self._future = future
         self._asked = asked
         self._foreseer = foreseer
-        simple = not (flat or asked or distance or future or foreseer)
+        simple = not (flat or asked or distance or future or foreseer or exchange)
         self._gatherer = Gatherer(costs, experts, cpu=cpu) if simple else None
+        self._exchange = exchange
         self._dense: dict[int, int] = {}
         self._alike = _classes(costs.alike)
         self._experts_alike = _classes(costs.experts_alike)
@@ -141,6 +144,11 @@ class BlockMaker:
         else:
             events[:, E.PLAN], events[:, E.PLANS] = of_row[:-1], np.diff(of_row)
         events[:, E.MIXED] = _mixed(events, demand[D.PHASE])
+        if self._exchange is not None:
+            chosen = experts if row is None else experts.reshape(-1)[row][:, None]
+            begins = starts if row is None else np.arange(len(events) + 1)
+            where = events[:, E.LAYER], events[:, E.STEP]
+            events[:, E.EXCHANGE_NS] = self._exchange.of_block(*where, begins, chosen)
         self._add_costs(demand)
         if self._future is not None:
             _, _, following = self._future.table

@@ -358,7 +358,12 @@ def link_grant(m: M) -> None:
         return
     row = m.k[K.CURVE, pick]
     sent = m.k[K.SENT, pick]
-    last = m.ends[row, 0] if m.k[K.IS_DEMANDED, pick] else sent + 1
+    whole = m.k[K.IS_DEMANDED, pick]
+    if m.s[O.SHARES]:
+        # What other links take may change at the end of each chunk.
+        row += (m.s[S.LINKS] - 1) * m.s[O.SHARES]
+        whole = 0
+    last = m.ends[row, 0] if whole else sent + 1
     duration = m.ends[row, last] - (m.ends[row, sent] if sent else 0)
     m.s[S.L_KEY] = pick
     m.s[S.L_LAST] = last

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TypeGuard
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeGuard
 
+import numba
 import numpy as np
 
 from moesim.compiled import address, load
@@ -21,8 +22,28 @@ from moesim.engine import kernel
 from moesim.engine.asked import Asked
 from moesim.engine.block import Block, BlockMaker, load_block_functions
 from moesim.engine.clock import TOO_LONG
+from moesim.engine.exchange import Exchange
 from moesim.engine.feed import Feed
-from moesim.engine.fields import Back, C, D, E, G, K, Keep, O, Order, P, Q, R, S, T, W, Wish, X
+from moesim.engine.fields import (
+    SHARED,
+    Back,
+    C,
+    D,
+    E,
+    G,
+    K,
+    Keep,
+    O,
+    Order,
+    P,
+    Q,
+    R,
+    S,
+    T,
+    W,
+    Wish,
+    X,
+)
 from moesim.engine.foresight import Foreseer
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.quick import quick_steps
@@ -60,10 +81,11 @@ from moesim.protocol import (
     PrefetchSeat,
     Seat,
     SeatPolicy,
+    World,
     parameters,
     restrict,
 )
-from moesim.tally import FATES, Counts, RequestTimes, Tally
+from moesim.tally import FATES, GATHERED, Counts, RequestTimes, Tally
 from moesim.timeline import LANES
 from moesim.types import NEVER, AnyArray, IntArray, Landed, Needs, Phase, Serve, State
 from moesim.workload import KnownFuture, Passes, Step, Work, context_tokens
@@ -125,6 +147,9 @@ BY_LAYER = (Keep.LFU_DECAY, Keep.LEAST_STALE)
 FEW_SLOTS = 16
 """Up to so many residents a search among all of them is quicker than a heap."""
 
+PLACE_WORDS = 1 << 10
+"""More than a machine takes, which is its arrays' addresses and shapes."""
+
 SPANS = 1 << 14
 COMMANDS = 1 << 10
 DELIVERY = ("plan", "hear", "_commission", "_deliver", "_named", "_outdated", "_refreshed")
@@ -160,6 +185,9 @@ class FastEngine:
         self.policy = setup.policy
         self.policy.begin(restrict(setup.world, self.policy.needs))
         self.tally = Tally(layer_stall_ns=[0] * setup.world.layers)
+        if setup.world.owners is not None:
+            for _ in range(setup.world.devices):
+                self.tally.devices.append(Tally(layer_stall_ns=[0] * setup.world.layers))
         self.spans: list[tuple[str, int, int, int]] | None = [] if setup.options.timeline else None
         self.core_ns = 0
         """Time spent in compiled code, on the wall."""
@@ -168,17 +196,41 @@ class FastEngine:
             self._seats = setup.policy
         self.future = self._needed_future()
         self._machine = _machine(setup, self._seats, self.future)
-        self._asked = None if self._seats else Asked(setup, self._machine)
+        self._devices = _devices(setup, self._machine)
+        """The machine of each of several devices."""
+        self._asked = None if self._seats else Asked(setup, self._machine, self._devices)
         if self._asked is not None:
             self._machine.s[O.HOST] = self._asked.address
+            for device in self._devices:
+                device.s[O.HOST] = self._asked.of_device(device)
         self._price = HostFunction(setup.costs.job_ns)
         self._machine.s[O.PRICE] = int(ctypes.cast(self._price, ctypes.c_void_p).value or 0)
-        load(*kernel.calls(self._machine), *load_block_functions())
+        self._run_core: Callable[[M], int] = kernel.run
+        if self._devices:
+            self._run_core = self._prepare_devices()
+        else:
+            load(*kernel.calls(self._machine), *load_block_functions())
         if self._machine.s[O.PREFETCH] == Wish.FORECAST:
             self._machine.s[O.SIGHTS] = address(sights)
         self._times: dict[int, RequestTimes] = {}
         self._fill()
         self._feed: Feed | None = None
+
+    def _prepare_devices(self) -> Callable[[M], int]:
+        """Tell the core where the devices' machines lie; what runs them."""
+        from moesim.engine import devices
+
+        typeof: Any = numba.typeof
+        m = typeof(self._machine)
+        more = [(devices.run_devices, (m,)), (devices.lay, (m, numba.int64))]
+        load(*kernel.common_calls(self._machine), *load_block_functions(), *more)
+        self._machine.s[O.DEVICE] = address(devices.device)
+        self._places = [np.zeros(PLACE_WORDS, np.int64) for _ in self._devices]
+        for own, place in zip(self._devices, self._places, strict=True):
+            nbytes = devices.lay(own, place.ctypes.data)
+            assert nbytes <= place.nbytes
+            own.s[O.PLACE] = place.ctypes.data
+        return devices.run_devices
 
     # ---- feeding ---------------------------------------------------------------------------------
 
@@ -217,6 +269,7 @@ class FastEngine:
             foreseer=Foreseer(prefetch, self.setup.costs)
             if isinstance(prefetch, ForecastSeat)
             else None,
+            exchange=Exchange(self.setup.world, self.setup.costs) if self._devices else None,
         )
 
     @property
@@ -233,6 +286,7 @@ class FastEngine:
             (getattr(prefetch, "distance", 1), getattr(prefetch, "width", 0)) if reads else None,
             isinstance(self._seats.miss, Fetch),
             id(self.future),
+            id(self.setup.world.owners),
         )
 
     @property
@@ -290,7 +344,9 @@ class FastEngine:
 
     def _is_quick(self, made: Block) -> bool:
         seats, options, s = self._seats, self.setup.options, self._machine.s
-        if seats is None or options.timeline or not s[O.ONE_VICTIM] or not options.quick:
+        if self._devices or not options.quick:
+            return False
+        if seats is None or options.timeline or not s[O.ONE_VICTIM]:
             return False
         if options.write_back:
             return False
@@ -329,7 +385,7 @@ class FastEngine:
             quick_steps(machine)
         # While the compute lane waits for the link it has no event of its own, and yet goes on.
         if not quick or machine.s[S.STEP] < len(machine.st):
-            stopped = kernel.run(machine)
+            stopped = self._run_core(machine)
         self.core_ns += time.perf_counter_ns() - began
         return stopped
 
@@ -337,7 +393,9 @@ class FastEngine:
         if self._asked is not None:
             self._asked.step_begins(step)
         if self.setup.options.share_kv:
-            make_room(self._machine, self._kv_bytes(step))
+            taken = self._kv_bytes(step)
+            for own in self._own():
+                make_room(own, taken)
 
     def _step_ends(self, step: Step) -> None:
         if self._asked is not None:
@@ -348,7 +406,9 @@ class FastEngine:
             return
         count = int(machine.s[S.N_SPANS])
         for lane, start, end, key in machine.spans[:count].tolist():
-            self.spans.append((LANES[lane], start, end, key))
+            device, lane = divmod(lane, len(LANES))
+            suffix = f"@{device - 1}" if device else ""
+            self.spans.append((LANES[lane] + suffix, start, end, key))
         machine.s[S.N_SPANS] = 0
 
     def _kv_bytes(self, step: Step) -> int:
@@ -401,24 +461,50 @@ class FastEngine:
 
     def _fill(self) -> None:
         """``ReferenceEngine._fill``."""
-        m, tally = self._machine, self.tally
+        m = self._machine
+        owner_of = m.k[K.OWNER]
+        takes = [0] * max(1, len(self._devices))
+        links = len(set(owner_of[list(self.setup.initial)].tolist()))
         for order, expert in enumerate(self.setup.initial):
+            device = int(owner_of[expert])
+            own = self._devices[device] if self._devices else m
+            tally = self.tally.devices[device] if self._devices else self.tally
             nbytes = int(m.k[K.COPY, expert])
             if self.setup.initial_charged:
-                duration = self.setup.costs.load_ns(nbytes)
-                m.s[S.NOW] += duration
-                tally.times.initial += duration
-                m.s[S.LINK_BUSY] += duration
-            kernel.place(m, expert)
+                duration = self.setup.load_ns(nbytes, links)
+                takes[device] += duration
+                own.s[S.LINK_BUSY] += duration
+            with self._lent(own):
+                kernel.place(own, expert)
             tally.initial_loads += 1
             tally.initial_bytes += nbytes
             if self._asked is not None:
                 self.policy.note(Landed(expert, 0, -1, order, False))
+        m.s[S.NOW] += max(takes)
+        self.tally.times.initial = max(takes)
+
+    def _own(self) -> Iterator[M]:
+        """The machines that have links, each while it has what all share."""
+        for own in self._devices or (self._machine,):
+            with self._lent(own):
+                yield own
+
+    @contextmanager
+    def _lent(self, own: M) -> Iterator[None]:
+        """Lend a device what all share."""
+        shared = self._machine.s[:SHARED]
+        if own is self._machine:
+            yield
+            return
+        own.s[:SHARED] = shared
+        yield
+        shared[:] = own.s[:SHARED]
 
     def finish(self) -> None:
         """``Link.finish``, and the arrays as a tally."""
         m = self._machine
-        kernel.finish(m)
+        for own in self._own():
+            kernel.finish(own)
         if self._asked is not None:
             self._asked.finish()
             self.tally.jobs = self._asked.jobs
@@ -426,6 +512,13 @@ class FastEngine:
         else:
             self.tally.jobs = int(m.s[S.JOBS_MADE])
         _read(m, self.tally)
+        if self._devices:
+            for phase in Phase:
+                self.tally.phases[phase] = Counts()
+            for own, tally in zip(self._devices, self.tally.devices, strict=True):
+                _read_device(own, tally)
+            self.tally.resident_bytes = 0
+            self.tally.gather()
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:
             _audit(self.tally, self.now)
@@ -455,7 +548,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         # Rows a power of two apart would share the same few lines of a CPU's cache.
         q=np.zeros((len(Q), width + 24), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
-        ends=_curves([setup.costs.chunk_ends(size) for size in sizes]),
+        ends=_curves(_ends(setup, sizes)),
         # A forecast may be about any later layer of this pass or of the next.
         named=np.full((_power(max(distance, 2 * world.layers) + 2), experts + 2), -1, np.int64),
         plan=np.zeros((wishes + experts, 3), np.int64),
@@ -472,6 +565,7 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         said=np.zeros(1, np.int64),
         st=np.zeros((1, len(T)), np.int64),
         fore=np.zeros(1, np.int64),
+        each=np.zeros((max(1, _count(world)), len(S) + len(O)), np.int64),
         jobs=np.zeros((_queue(seats) + 1, len(G)), np.int64),
     )
     heads = keys + np.arange(caches)
@@ -481,6 +575,41 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
     return machine
+
+
+def _count(world: World) -> int:
+    """How many devices have machines of their own."""
+    return 0 if world.owners is None else world.devices
+
+
+def _devices(setup: Setup, machine: M) -> list[M]:
+    """The machine of each of several devices: what is its own, beside what all share."""
+    world = setup.world
+    made = []
+    for number in range(_count(world)):
+        own = machine._replace(
+            s=machine.each[number],
+            q=np.zeros_like(machine.q),
+            cur=np.zeros_like(machine.cur),
+            counts=np.zeros_like(machine.counts),
+        )
+        own.s[:] = machine.s
+        # Nothing that it begins is known to end before what others do.
+        own.s[S.AWAKE] = 1
+        own.s[S.C_TIME] = NEVER + 1
+        caches = np.unique(world.caches[world.owners == number])
+        own.s[O.DEVICES], own.s[O.NUMBER] = 0, number
+        own.s[O.FIRST_CACHE], own.s[O.CACHES] = caches[0], len(caches)
+        made.append(own)
+    return made
+
+
+def _ends(setup: Setup, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The chunks of each kind of copy, for each number of links that draw on the host."""
+    costs, devices = setup.costs, _count(setup.world)
+    if not costs.hardware.must_share(devices):
+        return [costs.chunk_ends(size) for size in sizes]
+    return [costs.shared_ends(size, links + 1) for links in range(devices) for size in sizes]
 
 
 def _power(least: int) -> int:
@@ -534,6 +663,9 @@ def _scalars(setup: Setup, seats: SeatPolicy | None) -> IntArray:
     s[O.SPANS] = options.timeline
     s[O.LOG] = options.log
     s[O.ONE_VICTIM] = equal and not options.share_kv
+    s[O.DEVICES] = _count(world)
+    if costs.hardware.must_share(_count(world)):
+        s[O.SHARES] = len(np.unique(world.expert_bytes))
     if equal:
         s[O.UNIT], s[O.LOAD] = int(asked.min()), costs.load_ns(int(asked.min()))
     if seats is None:
@@ -572,6 +704,9 @@ def _order(keep: Keep, setup: Setup) -> Order:
     order = ORDERS.get(keep, Order.SCAN)
     smallest = int(setup.world.expert_bytes[0].min())
     slots = max(setup.world.capacity_bytes) // max(1, smallest)
+    if order == Order.HEAP and setup.world.owners is not None:
+        # A layer event is of several caches, and heaps are put in order for one.
+        return Order.SCAN
     return Order.SCAN if order == Order.HEAP and slots <= FEW_SLOTS else order
 
 
@@ -588,6 +723,7 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
         world.experts,
         world.capacity_bytes,
         allocator=setup.options.allocator,
+        caches=world.caches,
     )
     keys = len(ledger.state)
     whole = np.zeros((len(K) + len(X), keys + len(world.capacity_bytes)), np.int64)
@@ -597,6 +733,8 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
     k[K.CACHE] = k[K.HEAP] = ledger.cache_of
     if seats is not None and KEEPS[type(seats.keep)] in BY_LAYER:
         k[K.HEAP] = np.arange(keys) % world.size // world.experts
+    if world.owners is not None:
+        k[K.OWNER] = np.tile(world.owners, len(world.expert_bytes))
     k[K.BYTES] = ledger.bytes_of
     k[K.COPY] = ledger.copy_bytes
     places = k[K.CACHE] + k[K.BYTES] * len(world.capacity_bytes)
@@ -619,10 +757,11 @@ def _caches(setup: Setup, seats: SeatPolicy | None, keys: int) -> IntArray:
     caches = len(setup.world.capacity_bytes)
     by_layer = seats is not None and KEEPS[type(seats.keep)] in BY_LAYER
     heaps = setup.world.layers if by_layer else caches
-    c = np.zeros((len(C), heaps), np.int64)
-    c[C.HEAP] = np.arange(heaps) * (keys // heaps)
+    c = np.zeros((len(C), max(heaps, caches)), np.int64)
+    c[C.HEAP, :heaps] = np.arange(heaps) * (keys // heaps)
     c[C.CAPACITY, :caches] = c[C.WHOLE, :caches] = setup.world.capacity_bytes
-    c[C.FIRST, :caches] = np.arange(caches) * (keys // caches)
+    held = np.bincount(setup.world.caches, minlength=caches) * (keys // setup.world.size)
+    c[C.FIRST, 1:caches] = np.cumsum(held)[:-1]
     c[C.LIMIT, :caches] = getattr(seats.keep, "limit", 0) if seats else 0
     return c
 
@@ -660,6 +799,7 @@ def _read(m: M, tally: Tally) -> None:
     times.dense, times.experts, times.sync = s(S.T_DENSE), s(S.T_EXPERTS), s(S.T_SYNC)
     times.plan, times.stall = s(S.T_PLAN), s(S.T_STALL)
     times.cpu_wait, times.idle = s(S.T_CPU), s(S.T_IDLE)
+    times.exchange = s(S.T_EXCHANGE)
     tally.layer_stall_ns = m.counts[2, : len(tally.layer_stall_ns)].tolist()
     tally.served = {
         "fetch": s(S.SERVED_FETCH),
@@ -670,13 +810,28 @@ def _read(m: M, tally: Tally) -> None:
     tally.written_bytes = tally.evicted_bytes if m.s[O.WRITE_BACK] else 0
     tally.link_busy_ns = s(S.LINK_BUSY)
     tally.cancelled_bytes, tally.in_flight_bytes = s(S.MOVED_OF_CANCELLED), s(S.IN_FLIGHT_BYTES)
-    tally.resident_bytes = int(m.k[K.COPY, : len(m.state)][m.state == State.RESIDENT].sum())
+    there = (m.state == State.RESIDENT) & (m.k[K.OWNER, : len(m.state)] == m.s[O.NUMBER])
+    tally.resident_bytes = int(m.k[K.COPY, : len(m.state)][there].sum())
     tally.predicted, tally.named = s(S.PREDICTED), s(S.NAMED)
     tally.largest_union_bytes, tally.overflows = s(S.LARGEST_UNION), s(S.OVERFLOWS)
     tally.events = s(S.EVENT) + 1
     tally.peak_bytes = s(S.PEAK)
     tally.log_digest = LogDigest.of(s(S.LOG_SUM), s(S.LOG_WORDS))
     tally.decision_digest = LogDigest.of(s(S.CHOICE_SUM), s(S.CHOICE_WORDS))
+
+
+def _read_device(m: M, tally: Tally) -> None:
+    """What one of several devices counts for itself."""
+    whole = Tally(layer_stall_ns=tally.layer_stall_ns)
+    _read(m, whole)
+    for name in ("phases", "prefetch", "layer_stall_ns"):
+        setattr(tally, name, getattr(whole, name))
+    for name in GATHERED:
+        if not name.startswith("initial"):
+            setattr(tally, name, getattr(whole, name))
+    for name in ("experts", "stall", "cpu_wait"):
+        setattr(tally.times, name, getattr(whole.times, name))
+    tally.slowest = int(m.s[S.SLOWEST])
 
 
 def _counts(m: M, phase: Phase) -> Counts:

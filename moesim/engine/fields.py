@@ -20,10 +20,27 @@ class _Rows(IntEnum):
 class S(_Rows):
     """Scalars."""
 
+    # What several devices share stands first: it is theirs in turn.
     NOW = auto()
     SEQ = auto()
     """Creation order of pending events."""
     EVENT = auto()
+    CLOCK = auto()
+    """The seats' clock."""
+    PHASE = auto()
+    GATE_STEP = auto()
+    GATE_LAYER = auto()
+    UNSERVED = auto()
+    """The plan of the newest gate is still being paid for: its misses are not yet loads."""
+    N_NOTES = auto()
+    N_SPANS = auto()
+    LOG_WORDS = auto()
+    LOG_SUM = auto()
+    CHOICE_WORDS = auto()
+    CHOICE_SUM = auto()
+    HELD = auto()
+    PEAK = auto()
+    # What is a device's own, or of the whole run.
     STEP = auto()
     """Row of the step under way in the block."""
     ROW = auto()
@@ -69,12 +86,9 @@ class S(_Rows):
     ASLEEP_TAIL = auto()
     AWAKE = auto()
     """Workers that have a pending event."""
-    # The seats' clock, the layer event's facts, the plan under way.
-    CLOCK = auto()
-    PHASE = auto()
+    # The plan under way.
     N_CANCEL = auto()
     N_PLAN = auto()
-    N_SPANS = auto()
     # Forecasts.
     COMMISSION = auto()
     """What the newest gate foresees, in ``M.fore``; -1: nothing, or the queue is full."""
@@ -87,15 +101,11 @@ class S(_Rows):
     W_HEAD = auto()
     W_TAIL = auto()
     """Of the jobs that wait for a host worker."""
-    GATE_STEP = auto()
-    GATE_LAYER = auto()
     # What a policy in plain Python is asked and told.
     FAILED = auto()
     """It raised, or broke the protocol."""
     FOREGROUND = auto()
     """What its plan costs on the critical path, in ns."""
-    UNSERVED = auto()
-    """The plan of the newest gate is still being paid for: its misses are not yet loads."""
     VISITED = auto()
     """Python has seen the beginning of the step, or its end."""
     FLOOR = auto()
@@ -105,18 +115,9 @@ class S(_Rows):
     """Bytes that must be freed."""
     MAY_FREE = auto()
     """Bytes of the candidates."""
-    N_NOTES = auto()
     JOBS = auto()
     """Submitted and not yet done."""
     JOBS_QUEUED = auto()
-    # Logs.
-    LOG_WORDS = auto()
-    LOG_SUM = auto()
-    CHOICE_WORDS = auto()
-    CHOICE_SUM = auto()
-    # Books.
-    HELD = auto()
-    PEAK = auto()
     # Counts.
     PLANNED = auto()
     OVERTAKEN = auto()
@@ -153,6 +154,30 @@ class S(_Rows):
     T_STALL = auto()
     T_CPU = auto()
     T_IDLE = auto()
+    T_EXCHANGE = auto()
+    # Several devices.
+    AT_WORK = auto()
+    """Devices that still compute the layer event."""
+    EXCHANGE_NS = auto()
+    """What its tokens' travel takes."""
+    LINKS = auto()
+    """Links that draw on the host."""
+    SLOWEST = auto()
+    """Layer events that this device ended last."""
+    WAS_EXPERTS = auto()
+    """Of a device: its times when the layer event began."""
+    WAS_STALL = auto()
+    WAS_CPU = auto()
+    A_EXPIRES = auto()
+    """What a device is asked to wish for."""
+    A_PRIORITY = auto()
+    A_ORDINAL = auto()
+    A_REPLACES = auto()
+    A_PHASE = auto()
+
+
+SHARED = int(S.PEAK) + 1
+"""How many scalars devices share."""
 
 
 class O(IntEnum):  # noqa: E742
@@ -216,6 +241,18 @@ class O(IntEnum):  # noqa: E742
     BACKGROUND = auto()
     REFRESH = auto()
     RENEW = auto()
+    DEVICES = auto()
+    """How many there are; 0: one, which is this machine itself."""
+    DEVICE = auto()
+    """Address of the function that is all that a device does."""
+    PLACE = auto()
+    """Of a device: where its machine lies."""
+    NUMBER = auto()
+    """Of a device: its own."""
+    FIRST_CACHE = auto()
+    """Of a device: the first of its caches, which follow each other."""
+    SHARES = auto()
+    """Where the host cannot serve all links at their own rate: kinds of copy; else 0."""
 
 
 class K(_Rows):
@@ -275,6 +312,8 @@ class K(_Rows):
     """The probability with which a forecast wished for it."""
     DUE = auto()
     """The layer event of that forecast; -1: none wishes for it."""
+    OWNER = auto()
+    """The device that owns it."""
 
 
 class X(IntEnum):
@@ -347,6 +386,8 @@ class E(_Rows):
     """Where what its gate foresees lies in ``M.fore``; -1: nothing."""
     OWED_NS = auto()
     """What foreseeing costs on its critical path."""
+    EXCHANGE_NS = auto()
+    """What its tokens' travel between devices takes."""
 
 
 class T(_Rows):
@@ -526,6 +567,29 @@ class Does(IntEnum):
     HEAD = 9
     IDLE = 10
     ENDED = 11
+    BEGIN = 12
+    """A device's lane: its part of a layer event."""
+    JOINED = 13
+    """The last device has computed."""
+    EXCHANGED = 14
+
+
+class Part(IntEnum):
+    """What a device is asked to do: with a key, or with its own number."""
+
+    GRANT = 0
+    SENT = 1
+    COMPUTE = 2
+    GATE = 3
+    PROMOTE = 4
+    REORDER = 5
+    FETCH = 6
+    BEGIN = 7
+    CPU_DONE = 8
+    WAKE = 9
+    WISH = 10
+    CANCEL = 11
+    REPRIORITISE = 12
 
 
 class Order(IntEnum):

@@ -110,19 +110,28 @@ def keep_gate(m: M) -> None:
         for i in range(n):
             m.k[X.LAST, experts[i]] = m.s[S.GATE_STEP]
     elif keep == Keep.SLRU:
-        if n:
-            cache = m.k[K.CACHE, experts[0]]
-            head = m.s[O.KEYS] + cache
-            m.c[C.PROTECTED, cache] += _promote(
-                m.k[X.SEGMENT], m.k[K.BEFORE], m.k[K.AFTER], head, experts, m.cur[D.STATUS, :n]
-            )
-            _touch(score, clock, experts)
+        if not m.s[O.DEVICES]:
+            promote(m)
+        _touch(score, clock, experts)
     elif keep == Keep.MAP_FREQUENCY:
         for i in range(n):
             visited(m, experts[i])
     elif keep == Keep.MIN:
         for i in range(n):
             score[experts[i]] = -m.cur[D.NEXT_USE, i]
+
+
+@kernel
+def promote(m: M) -> None:
+    """``SLRU.gate``: hits of a demand, which is of one cache, are protected."""
+    n = m.s[S.N_DEMAND]
+    if n:
+        cache = m.k[K.CACHE, m.cur[D.EXPERT, 0]]
+        head = m.s[O.KEYS] + cache
+        experts = m.cur[D.EXPERT, :n]
+        m.c[C.PROTECTED, cache] += _promote(
+            m.k[X.SEGMENT], m.k[K.BEFORE], m.k[K.AFTER], head, experts, m.cur[D.STATUS, :n]
+        )
 
 
 @kernel

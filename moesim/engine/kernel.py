@@ -27,7 +27,7 @@ from moesim.engine.channel import (
     wake_link,
     was_used,
 )
-from moesim.engine.fields import Ask, C, D, Does, E, G, K, N, O, Q, S, See, T, W, Wish
+from moesim.engine.fields import Ask, C, D, Does, E, G, K, N, O, Part, Q, S, See, T, W, Wish
 from moesim.engine.keep import keep_begins, keep_gate, keep_landed
 from moesim.engine.machine import (
     ABSENT,
@@ -71,9 +71,11 @@ from moesim.types import Serve
 FETCH, CPU = int(Serve.FETCH), int(Serve.CPU)
 ROUTE, ASK_GATE, APPLY = int(Ask.ROUTE), int(Ask.GATE), int(Ask.APPLY)
 JOB_BEGIN, JOB_DONE = int(Ask.JOB_BEGIN), int(Ask.JOB_DONE)
+CPU_DONE = int(Part.CPU_DONE)
 
 # Why the core stops.
 SPANS_FULL, BLOCK_DONE, TOO_LONG, PAUSED, FAILED, STEP_BEGINS, STEP_ENDS, STEP_DONE = range(8)
+GOES_ON = 8
 
 TURNS = 1 << 17
 """Events after which it stops, so that Python can look for signals."""
@@ -278,18 +280,6 @@ def run(m: M) -> int:
                 continue
         elif does == Does.CPU:
             m.s[S.T_CPU] += m.s[S.NOW] - m.s[S.C_SPAN]
-        elif does == Does.STEP:
-            if not m.s[S.VISITED]:
-                if m.st[m.s[S.STEP], T.BEGINS]:
-                    keep_begins(m)
-                row = m.s[S.STEP]
-                tell(m, m.st[row, T.SIGHT], m.st[row, T.SIGHTS])
-                if m.st[row, T.VISIT]:
-                    return visit(m, STEP_BEGINS)
-            m.s[S.VISITED] = 0
-            begin_step(m)
-            begin_event(m)
-            continue
         elif does == Does.GATE or does == Does.PLANNED:
             if does == Does.GATE:
                 gate(m)
@@ -298,36 +288,59 @@ def run(m: M) -> int:
             planned(m)
             if m.s[O.BARRIER] and not barrier(m):
                 continue
-        elif does == Does.HEAD:
-            dense_done(m)
-            end_step(m)
-            ended = m.s[S.STEP] - 1
-            tell(m, m.st[ended, T.END_SIGHT], m.st[ended, T.END_SIGHTS])
-            m.s[S.C_DOES] = Does.ENDED
-            if m.st[ended, T.VISIT]:
-                return visit(m, STEP_ENDS)
-            m.s[S.C_RANK] = -1
-            continue
-        elif does == Does.ENDED:
-            m.s[S.VISITED] = 0
-            if m.s[S.STEP] == len(m.st):
-                m.s[S.C_TIME] = FAR
-                return BLOCK_DONE
-            pending(m, 0, STEP_BEGIN, Does.STEP)
-            if m.s[O.QUICK]:
-                return STEP_DONE
-            continue
         else:
-            m.s[S.T_IDLE] += m.s[S.NOW] - m.s[S.C_SPAN]
-            m.s[S.C_TIME] = FAR
-            return BLOCK_DONE
+            stop = between(m, does)
+            if stop != GOES_ON:
+                return int(stop)
+            continue
         if not next_expert(m):
-            word(m, log.END)
-            word(m, m.s[S.NOW])
-            word(m, m.s[S.EVENT])
-            m.s[S.ROW] += 1
-            begin_event(m)
+            end_event(m)
     return PAUSED
+
+
+@kernel
+def between(m: M, does: int) -> A:
+    """What the compute lane does outside layer events: why the core stops, or that it goes on."""
+    row = m.s[S.STEP]
+    if does == Does.STEP:
+        if not m.s[S.VISITED]:
+            if m.st[row, T.BEGINS]:
+                keep_begins(m)
+            tell(m, m.st[row, T.SIGHT], m.st[row, T.SIGHTS])
+            if m.st[row, T.VISIT]:
+                return visit(m, STEP_BEGINS)
+        m.s[S.VISITED] = 0
+        begin_step(m)
+        begin_event(m)
+        return GOES_ON
+    if does == Does.HEAD:
+        dense_done(m)
+        end_step(m)
+        tell(m, m.st[row, T.END_SIGHT], m.st[row, T.END_SIGHTS])
+        m.s[S.C_DOES] = Does.ENDED
+        if m.st[row, T.VISIT]:
+            return visit(m, STEP_ENDS)
+        m.s[S.C_RANK] = -1
+        return GOES_ON
+    if does == Does.ENDED:
+        m.s[S.VISITED] = 0
+        if row < len(m.st):
+            pending(m, 0, STEP_BEGIN, Does.STEP)
+            return STEP_DONE if m.s[O.QUICK] else GOES_ON
+    else:
+        m.s[S.T_IDLE] += m.s[S.NOW] - m.s[S.C_SPAN]
+    m.s[S.C_TIME] = FAR
+    return BLOCK_DONE
+
+
+@kernel
+def end_event(m: M) -> None:
+    """The layer event is done; the next one begins."""
+    word(m, log.END)
+    word(m, m.s[S.NOW])
+    word(m, m.s[S.EVENT])
+    m.s[S.ROW] += 1
+    begin_event(m)
 
 
 @kernel
@@ -395,7 +408,7 @@ def before(t: int, r: int, q: int, when: int, rank: int, seq: int) -> bool:
 
 
 @kernel
-def gate(m: M) -> None:
+def open_gate(m: M) -> None:
     """``ReferenceEngine._gate`` and ``SeatPolicy.on``: the plan lies in ``M.plan``, or with the
     host of a policy in plain Python."""
     row = m.s[S.ROW]
@@ -409,18 +422,32 @@ def gate(m: M) -> None:
     for column in range(D.STATUS):
         for i in range(n):
             m.cur[column, i] = m.dem[column, first + i]
+    m.s[S.EXCHANGE_NS] = m.ev[row, E.EXCHANGE_NS]
     if m.s[O.ROUTES]:
         ask(m, ROUTE, row)
     judge(m)
     count_predicted(m)
+
+
+@kernel
+def gate(m: M) -> None:
+    """The gate of the one device."""
+    open_gate(m)
     claim(m)
     expire(m)
     wake_link(m)
+    if not m.s[O.HOST]:
+        keep_gate(m)
+        reorder(m)
+    answer(m)
+
+
+@kernel
+def answer(m: M) -> None:
+    """The policy's answer to a gate."""
     if m.s[O.HOST]:
-        m.s[S.N_PLAN] = ask(m, ASK_GATE, row)
+        m.s[S.N_PLAN] = ask(m, ASK_GATE, m.s[S.ROW])
         return
-    keep_gate(m)
-    reorder(m)
     if m.s[O.PREFETCH] == Wish.FORECAST:
         see(m, See.GATE, 0)
     else:
@@ -435,16 +462,22 @@ def planned(m: M) -> None:
     demand(m)
     for _ in range(m.s[S.H_TAIL] - before_cpu):
         wake_worker(m)
+    carry_out(m)
+    wake_link(m)
+    m.s[S.NEXT_HIT] = 0
+    m.s[S.COMPUTED] = 0
+    m.s[S.BLOCKED] = 0
+
+
+@kernel
+def carry_out(m: M) -> None:
+    """What else the gate's plan asks for."""
     if m.s[O.PREFETCH] == Wish.FORECAST:
         see(m, See.PLANNED, 0)
     elif not m.s[O.HOST]:
         apply(m)
     elif m.s[S.N_PLAN] > 0:
         ask(m, APPLY, 0)
-    wake_link(m)
-    m.s[S.NEXT_HIT] = 0
-    m.s[S.COMPUTED] = 0
-    m.s[S.BLOCKED] = 0
 
 
 @kernel
@@ -503,10 +536,15 @@ def next_expert(m: M) -> bool:
 def calls(machine: M) -> list[tuple[Any, Any]]:
     """What Python calls, and the types that it calls it with."""
     typeof: Any = numba.typeof
+    m = typeof(machine)
+    return [(run, (m,)), (quick_steps, (m,)), *common_calls(machine)]
+
+
+def common_calls(machine: M) -> list[tuple[Any, Any]]:
+    """Those of them that Python calls with several devices as well."""
+    typeof: Any = numba.typeof
     m, number = typeof(machine), numba.int64
     return [
-        (run, (m,)),
-        (quick_steps, (m,)),
         (make_room, (m, number)),
         (obey, (m, number, number)),
         (schedule_step, (m,)),
@@ -551,7 +589,7 @@ def finish(m: M) -> None:
         else:
             m.s[S.DROPPED] += 1
     for key in range(m.s[O.KEYS]):
-        if m.k[K.UNUSED, key]:
+        if m.k[K.UNUSED, key] and m.k[K.OWNER, key] == m.s[O.NUMBER]:
             m.s[S.UNUSED_AT_END] += 1
             m.s[S.UNUSED_AT_END_BYTES] += m.k[K.COPY, key]
 
@@ -569,16 +607,25 @@ def job_begins(m: M, worker: int) -> A:
 
 
 @kernel
+def cpu_done(m: M, key: int) -> None:
+    """``ReferenceEngine._on_cpu_done``."""
+    m.s[S.CPU_RUNNING] -= 1
+    m.k[K.PINNED, key] = 0
+    wake_link(m)
+    notify(m)
+
+
+@kernel
 def worker(m: M, i: int) -> None:
     """``Host._work``: something is done, or the worker wakes; then the next expert, or the next
     job, or sleep."""
     key = m.w[W.KEY, i]
     if key >= 0:
         span(m, ON_CPU, m.w[W.SPAN, i], key)
-        m.s[S.CPU_RUNNING] -= 1
-        m.k[K.PINNED, key] = 0
-        wake_link(m)
-        notify(m)
+        if m.s[O.DEVICES]:
+            call_with(m.s[O.DEVICE], m, CPU_DONE, np.int64(key))
+        else:
+            cpu_done(m, key)
     elif key == JOB_KEY:
         span(m, JOB, m.w[W.SPAN, i], -1)
         m.s[S.JOBS] -= 1

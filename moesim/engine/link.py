@@ -51,9 +51,9 @@ class Link(Loads):
             self.clock.fire(asleep, LINK_GRANT)
 
     @property
-    def awake(self) -> bool:
-        """Whether it sends, or is about to look for what to send."""
-        return self._asleep is None
+    def draws(self) -> bool:
+        """Whether it sends, or has demand to send."""
+        return self._in_service is not None or bool(self._demand)
 
     def run(self) -> Process:
         """Send, chunk by chunk, for ever."""
@@ -81,7 +81,7 @@ class Link(Loads):
         """The ends of a load's chunks while as many links as now draw on the host."""
         if not self.beside:
             return transfer.ends
-        links = 1 + sum(link.awake for link in self.beside)
+        links = 1 + sum(link.draws for link in self.beside)
         asked = self.ledger.copy_bytes[transfer.key], links
         if asked not in self._shared:
             self._shared[asked] = self._costs.shared_ends(*asked)

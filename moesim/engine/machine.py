@@ -78,6 +78,8 @@ class M(NamedTuple):
     """The block's steps [steps, T]."""
     fore: A
     """What the block's facts foresee, record after record."""
+    each: A
+    """The scalars of each of several devices [devices, S + O]."""
     jobs: A
     """Jobs under way, a record each [queue + 1, width]; the last row is for what is not a job."""
 
@@ -102,7 +104,7 @@ LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = ra
 assert tuple(clock.Rank) == tuple(range(7))
 
 # Lanes of a timeline, in the order of ``moesim.timeline.LANES``.
-DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB = range(7)
+DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB, EXCHANGE = range(8)
 
 IDLE_KEY, JOB_KEY = -1, -2
 """What a worker's pending event is when no expert: it wakes, or a job is done."""

@@ -12,11 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.compiled import held_at, kernel, outside
-from moesim.engine.channel import cancel, p_move, wake_link
 from moesim.engine.fields import E, G, H, K, O, Q, S, See, W
 from moesim.engine.keep import keep_expected, keep_planned
 from moesim.engine.machine import ABSENT, KIND, A, M, call
-from moesim.engine.wishes import name, wake_worker, wish
+from moesim.engine.wishes import name, reprioritise, take_back, wake, wake_worker, wish
 from moesim.policies import forecast
 
 DECODE = 1
@@ -56,7 +55,7 @@ def sights(where: int, what: int, about: int) -> int:
     if what == See.JOB:
         m.jobs[row, G.IS_TAKEN] = 0
     if what == See.JOB or what == See.FACT:
-        wake_link(m)
+        wake(m)
     return int(after)
 
 
@@ -90,11 +89,7 @@ def foreground(m: M) -> A:
 def answer(m: M) -> None:
     """What else ``foresee`` has planned takes effect."""
     for i in range(m.s[S.N_FRESH]):
-        key = m.q[Q.FRESH, i]
-        if m.k[K.PENDING, key]:
-            p_move(m, key, m.q[Q.FRESHER, i])
-        elif m.k[K.HELD, key]:
-            m.k[K.HOLD_PRIORITY, key] = m.q[Q.FRESHER, i]
+        reprioritise(m, m.q[Q.FRESH, i], m.q[Q.FRESHER, i])
     if m.s[S.COMMISSION] >= 0 and m.s[O.BACKGROUND]:
         submit(m, m.s[S.COMMISSION])
 
@@ -234,7 +229,7 @@ def renew(m: M, row: A) -> None:
                     left += 1
                 else:
                     m.k[K.DUE, key] = -1
-                    cancel(m, key)
+                    take_back(m, key)
             m.s[S.N_WISHED] = left
         at = shares + m.s[O.EXPERTS]
 

@@ -45,9 +45,10 @@ def begin_event(m: M) -> None:
 @entry
 def make_room(m: M, kv_bytes: int) -> None:
     """``ReferenceEngine._make_room_for_kv``: so many bytes of each cache."""
-    for cache in range(m.s[O.CACHES]):
+    first = m.s[O.FIRST_CACHE]
+    for cache in range(first, first + m.s[O.CACHES]):
         m.c[C.CAPACITY, cache] = max(0, m.c[C.WHOLE, cache] - kv_bytes)
-    for cache in range(m.s[O.CACHES]):
+    for cache in range(first, first + m.s[O.CACHES]):
         shrink(m, cache)
     wake_link(m)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.compiled import entry, kernel
+from moesim.compiled import call_with, entry, kernel
 from moesim.engine.channel import cancel, hold, new_transfer, p_insert, p_move, wake_link
-from moesim.engine.fields import Command, D, E, K, O, P, Q, S, Wish
+from moesim.engine.fields import Command, D, E, K, O, P, Part, Q, S, Wish
 from moesim.engine.keep import keep_planned
 from moesim.engine.machine import (
     ABSENT,
@@ -24,9 +24,57 @@ from moesim.engine.machine import (
 FIRST_WISH = 1 << 19
 """A load's place in its event: demand comes first, and is never so many."""
 
+WAKE, WISH, CANCEL, REPRIORITISE = (
+    int(part) for part in (Part.WAKE, Part.WISH, Part.CANCEL, Part.REPRIORITISE)
+)
+
+
+# ---- what concerns one key, or the device that owns it -------------------------------------------
+
 
 @kernel
 def wish(
+    m: M, key: int, expires: int, priority: int, ordinal: int, replaces: int, phase: int
+) -> None:
+    """A plan wishes for a copy."""
+    if not m.s[O.DEVICES]:
+        wish_here(m, key, expires, priority, ordinal, replaces, phase)
+        return
+    m.s[S.A_EXPIRES], m.s[S.A_PRIORITY] = expires, priority
+    m.s[S.A_ORDINAL], m.s[S.A_REPLACES], m.s[S.A_PHASE] = ordinal, replaces, phase
+    call_with(m.s[O.DEVICE], m, WISH, np.int64(key))
+
+
+@kernel
+def take_back(m: M, key: int) -> None:
+    """A plan takes back what it wished for."""
+    if m.s[O.DEVICES]:
+        call_with(m.s[O.DEVICE], m, CANCEL, np.int64(key))
+    else:
+        cancel(m, key)
+
+
+@kernel
+def reprioritise(m: M, key: int, priority: int) -> None:
+    """A plan changes its mind about how much it wants a copy."""
+    if m.s[O.DEVICES]:
+        m.s[S.A_PRIORITY] = priority
+        call_with(m.s[O.DEVICE], m, REPRIORITISE, np.int64(key))
+    else:
+        reprioritise_here(m, key, priority)
+
+
+@kernel
+def wake(m: M) -> None:
+    """Wake the link, or all links."""
+    for device in range(m.s[O.DEVICES]):
+        call_with(m.s[O.DEVICE], m, WAKE, device)
+    if not m.s[O.DEVICES]:
+        wake_link(m)
+
+
+@kernel
+def wish_here(
     m: M, key: int, expires: int, priority: int, ordinal: int, replaces: int, phase: int
 ) -> None:
     """``ReferenceEngine._prefetch``."""
@@ -68,18 +116,18 @@ def obey(m: M, commands: int, phase: int) -> None:
             replaces, ordinal = m.told[i, P.REPLACES], m.told[i, P.ORDINAL]
             wish(m, key, expires, priority, ordinal, replaces, phase)
         elif does == Command.CANCEL:
-            cancel(m, key)
+            take_back(m, key)
         elif does == Command.REPRIORITISE:
             reprioritise(m, key, m.told[i, P.PRIORITY])
         else:
             m.s[S.JOBS] += 1
             m.s[S.JOBS_QUEUED] += 1
             wake_worker(m)
-    wake_link(m)
+    wake(m)
 
 
 @kernel
-def reprioritise(m: M, key: int, priority: int) -> None:
+def reprioritise_here(m: M, key: int, priority: int) -> None:
     """``ReferenceEngine._reprioritise``."""
     if m.k[K.PENDING, key]:
         p_move(m, key, priority)
@@ -104,7 +152,7 @@ def wake_worker(m: M) -> None:
 def apply(m: M) -> None:
     """What the newest gate's plan in ``M.plan`` asks for."""
     for i in range(m.s[S.N_CANCEL]):
-        cancel(m, m.plan[i, 0])
+        take_back(m, m.plan[i, 0])
     first = m.s[S.N_CANCEL]
     for i in range(m.s[S.N_PLAN]):
         key, expires = m.plan[first + i, 0], m.plan[first + i, 1]
