@@ -402,7 +402,11 @@
   $("bounds").addEventListener("click", () => every((i) => !data.policies[i].bound));
   for (const [key, [words]] of Object.entries(METRICS)) option($("metric"), key, words);
   $("metric").addEventListener("change", (e) => { state.metric = e.target.value; pareto(); });
-  $("setting").addEventListener("change", (e) => { state.setting = Number(e.target.value); setting(); });
+  $("setting").addEventListener("change", (e) => {
+    state.setting = Number(e.target.value);
+    setting();
+    if (data.clocks.length) { $("clock-run").value = first(); passes(); }
+  });
   for (const select of document.querySelectorAll("select.capacity")) {
     select.addEventListener("change", () => { state.capacity = select.value; setting(); });
   }

@@ -126,7 +126,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
 
 
 def settings(runs: Iterable[Run]) -> list[Setting]:
-    """Sort runs into settings, repeats folded into one; in the order of their names."""
+    """Sort runs into settings, repeats folded into one; simulated ones first, then by name."""
     found: dict[str, Setting] = {}
     for run in runs:
         facts = {k: v for k, v in run.manifest.items() if k not in _FREE}
@@ -136,7 +136,7 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
         _label(setting.runs)
         setting.runs = sorted(_folded(setting.runs), key=_order)
     _name(list(found.values()))
-    return sorted(found.values(), key=lambda s: (_natural(s.name), canonical(s.facts)))
+    return sorted(found.values(), key=_place)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -265,6 +265,10 @@ def _name(found: Sequence[Setting]) -> None:
     varying = [name for name in names if len({facts.get(name) for facts in told}) > 1]
     for setting, facts in zip(found, told, strict=True):
         setting.name = ", ".join(f"{name} {facts.get(name, '-')}" for name in varying)
+
+
+def _place(setting: Setting) -> tuple[bool, list[tuple[bool, float, str]], str]:
+    return setting.facts["engine"] == "measured", _natural(setting.name), canonical(setting.facts)
 
 
 def _natural(name: str) -> list[tuple[bool, float, str]]:
