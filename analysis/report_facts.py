@@ -288,7 +288,8 @@ def _validation(setting: Setting, every: Sequence[Setting]) -> Iterator[str]:
     if errors:
         kinds = _listed(sorted({_kind(o.facts) for o in every if o.runs[0].real}))
         yield (
-            f"Against {len(errors)} configuration{'s' * (len(errors) > 1)} measured on {kinds}, simulated TPOT is off by "
+            f"Against {len(errors)} configuration{'s' * (len(errors) > 1)} measured on {kinds}, "
+            "simulated TPOT is off by "
             f"{statistics.fmean(errors):+.1%} in the mean, {max(errors, key=abs):+.1%} at worst"
         )
     else:
