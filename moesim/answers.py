@@ -74,6 +74,11 @@ class Answers:
                 f"route must answer uint16 {list(wanted.shape)}, "
                 f"got {routed.dtype} {list(routed.shape)}"
             )
+        if len(routed) == 1:
+            # One token, as most are: a list is quicker than what many take.
+            named = [e for e in routed[0].tolist() if e != DROPPED]
+            if len(set(named)) == len(named) and max(named, default=0) < self._experts:
+                return routed
         if np.any((routed >= self._experts) & (routed != DROPPED)):
             raise self._wrong(f"route names expert {int(routed.max())} of {self._experts}")
         ordered = np.sort(routed, axis=1)
@@ -291,14 +296,15 @@ def _count(quality: Quality, gate: Gate, executed: AnyArray) -> None:
     """One layer event of a lossy policy."""
     source = gate.source
     chosen = source.token_experts
-    agreed = (executed[:, :, None] == chosen[:, None, :]).any(axis=1) & (chosen != DROPPED)
-    quality.chosen += int((chosen != DROPPED).sum())
-    quality.agreed += int(agreed.sum())
+    kept = chosen != DROPPED
+    agreed = (executed[:, :, None] == chosen[:, None, :]).any(axis=1) & kept
+    quality.chosen += int(np.count_nonzero(kept))
+    quality.agreed += int(np.count_nonzero(agreed))
     if source.gate is not None:
         quality.mass += _mass(source.gate, chosen)
         quality.mass_kept += _mass(source.gate, executed)
     elif source.weights is not None:
-        quality.mass += int(source.weights[chosen != DROPPED].sum())
+        quality.mass += int(source.weights[kept].sum())
         quality.mass_kept += int(source.weights[agreed].sum())
 
 
@@ -321,9 +327,8 @@ def _low(gate: Gate, plan: Plan, executed: AnyArray, per_layer: int) -> int:
 
 
 def _mass(gate: AnyArray, experts: AnyArray) -> int:
-    kept = experts != DROPPED
-    local = np.where(kept, experts, 0).astype(np.int64)
-    return int(np.take_along_axis(gate, local, axis=1)[kept].sum())
+    rows, ranks = (experts != DROPPED).nonzero()
+    return int(gate[rows, experts[rows, ranks]].sum())
 
 
 def _is_whole(value: object) -> bool:

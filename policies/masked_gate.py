@@ -60,6 +60,8 @@ def masked(
     gate : [T, E] probabilities or scores, larger is likelier; None: all alike.
     routable : bool [E].
     """
+    if len(chosen) == 1:
+        return _masked_one(chosen, gate, routable, fetch)
     lost = (chosen != DROPPED) & ~routable[np.where(chosen == DROPPED, 0, chosen)]
     bent = chosen.copy()
     rows = np.flatnonzero(lost.any(axis=1))
@@ -69,6 +71,29 @@ def masked(
             chosen[rows], lost[rows], _spare(chosen[rows], likely, routable), fetch
         )
     return bent
+
+
+def _masked_one(
+    chosen: AnyArray, gate: AnyArray | None, routable: AnyArray, fetch: bool
+) -> AnyArray:
+    """``masked`` of one token, as most are: a list is quicker than what many tokens take."""
+    here: list[bool] = routable.tolist()
+    named = [e for e in chosen[0].tolist() if e != DROPPED]
+    kept = [e for e in named if here[e]]
+    lost = [e for e in named if not here[e]]
+    if lost:
+        for e in named:
+            here[e] = False
+        spare = [e for e, is_open in enumerate(here) if is_open]
+        if gate is not None:
+            likely = gate[0].tolist()
+            spare.sort(key=lambda e: -likely[e])
+        kept += spare[: len(lost)]
+        if fetch:
+            kept += lost[: len(named) - len(kept)]
+    bent = np.full(chosen.shape, DROPPED, np.uint16)
+    bent[0, : len(kept)] = kept
+    return bent if lost else chosen.copy()
 
 
 def _spare(chosen: AnyArray, gate: AnyArray, routable: AnyArray) -> AnyArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,23 @@ def test_too_few_residents_drop_or_fetch() -> None:
     nobody = np.zeros(5, bool)
     assert masked(chosen, gate, nobody).tolist() == [[d] * 3] * 3
     assert masked(chosen, gate, nobody, fetch=True).tolist() == chosen.tolist()
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.data())
+def test_a_token_alone_is_served_as_among_others(
+    shape: tuple[int, int], data: st.DataObject
+) -> None:
+    experts, top_k = shape
+    ids = data.draw(st.permutations(range(experts)))[:top_k]
+    chosen = np.array([[data.draw(st.sampled_from([e, e, DROPPED])) for e in ids]], np.uint16)
+    gate = np.array([data.draw(st.lists(st.integers(0, 3), min_size=experts, max_size=experts))])
+    here = np.array(data.draw(st.lists(st.booleans(), min_size=experts, max_size=experts)))
+    for likely, fetch in product((gate, None), (False, True)):
+        alone = masked(chosen, likely, here, fetch=fetch)
+        both = None if likely is None else np.repeat(likely, 2, axis=0)
+        assert masked(np.repeat(chosen, 2, axis=0), both, here, fetch=fetch).tolist() == [
+            *alone.tolist(), *alone.tolist()
+        ]  # fmt: skip
 
 
 def test_equal_probabilities_go_to_the_lowest_id() -> None:
