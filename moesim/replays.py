@@ -656,12 +656,12 @@ class _Replay:
         assert run.engine is not None
         serving = self.request.serving
         plan = None if is_plain(self.arrivals, serving) else self.plan
-        queue = run.engine.setup.scheduler.queue
+        unserved = run.engine.setup.scheduler.waiting
         offered = None if plan is None else plan.offered_rate
         return {
             "arrivals": self.request.arrivals,
             "scheduler": serving.scheduler,
-            **report(run.engine.tally, queue, serving.slo, serving.warm, offered),
+            **report(run.engine.tally, unserved, serving.slo, serving.warm, offered),
             "skipped": 0 if plan is None else plan.skipped,
             "matching": None if plan is None else plan.matching,
         }

@@ -363,8 +363,8 @@ class Scheduler(Protocol):
     """
 
     @property
-    def queue(self) -> Queue:
-        """Where requests wait."""
+    def waiting(self) -> list[Work]:
+        """Requests that have arrived, and of which nothing has been served."""
 
     @property
     def settled(self) -> bool:
@@ -499,6 +499,11 @@ class StaticBatch:
         self._running: list[Work] = []
         self._size = 0
         self._steps = 0
+
+    @property
+    def waiting(self) -> list[Work]:
+        """Requests that have arrived, and of which nothing has been served."""
+        return list(self.queue.waiting)
 
     @property
     def settled(self) -> bool:

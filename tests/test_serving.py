@@ -21,7 +21,7 @@ from moesim.serve.report import report
 from moesim.serve.stream import Served
 from moesim.tally import RequestTimes, Tally
 from moesim.types import Phase
-from moesim.workload import Queue, Shape, StaticBatch
+from moesim.workload import Shape, StaticBatch
 from tests.harness import inputs_of
 from tests.serving_cases import Scene, run_reference, scenes, setup_for
 from tests.strategies import DEMAND_ONLY, WATCHED, Case, decode_case, machine
@@ -54,7 +54,7 @@ def test_s1_requests_are_conserved(scene: Scene, name: str) -> None:
     queue = watcher.inner.queue
     finished = [r for r in tally.requests if r.end_ns >= 0]
     assert len(finished) == len(watcher.ends_ns)
-    assert len(watcher.ends_ns) + len(watcher.running) + len(queue.waiting) == queue.arrived
+    assert len(watcher.ends_ns) + len(watcher.running) + len(watcher.inner.waiting) == queue.arrived
     came = [w.arrival_ns for w in watcher.works if w.arrival_ns is not None]
     assert queue.arrived == sum(arrival <= watcher.end_ns for arrival in came)
     if not scene.until_ns:
@@ -72,7 +72,7 @@ def test_s1_requests_are_conserved(scene: Scene, name: str) -> None:
 def test_s2_littles_law_is_exact(scene: Scene) -> None:
     tally, watcher = run_reference(replace(scene, until_ns=0))
     assert watcher.integral() == sum(r.end_to_end_ns or 0 for r in tally.requests)
-    told = report(tally, watcher.inner.queue, Slo(), 0, None)
+    told = report(tally, watcher.inner.waiting, Slo(), 0, None)
     if watcher.end_ns:
         assert told["mean_in_system"] == watcher.integral() / watcher.end_ns
 
@@ -81,7 +81,7 @@ def test_s2_littles_law_is_exact(scene: Scene) -> None:
 @settings(max_examples=60)
 def test_s2_littles_law_where_the_run_is_cut(scene: Scene) -> None:
     tally, watcher = run_reference(replace(scene, until_ns=scene.until_ns or 50))
-    told = report(tally, watcher.inner.queue, Slo(), 0, None)
+    told = report(tally, watcher.inner.waiting, Slo(), 0, None)
     if watcher.end_ns:
         assert told["mean_in_system"] == watcher.integral() / watcher.end_ns
 
@@ -312,11 +312,11 @@ def _tally(rows: list[tuple[int, int, int, int, int]], end_ns: int) -> Tally:
 def test_goodput_counts_who_keeps_every_limit() -> None:
     rows = [(0, 0, 10, 30, 3), (0, 5, 30, 40, 2), (100, 100, 105, 105, 1)]
     slo = Slo(ttft_ns=20, tpot_ns=10)
-    told = report(_tally(rows, 200), Queue(), slo, 0, None)
+    told = report(_tally(rows, 200), [], slo, 0, None)
     # The second waits too long for its first token; the third has no TPOT to break.
     assert (told["good"], told["counted"]) == (2, 3)
     assert told["goodput_per_s"] == 2 * 10**9 / 105
-    assert report(_tally(rows, 200), Queue(), slo, 1, None)["counted"] == 2
+    assert report(_tally(rows, 200), [], slo, 1, None)["counted"] == 2
 
 
 def test_overloaded_is_said_where_fewer_go_than_come() -> None:
@@ -326,12 +326,12 @@ def test_overloaded_is_said_where_fewer_go_than_come() -> None:
             begin = max(ends, 10 * i)
             ends = begin + service
             rows.append((10 * i, begin, ends, ends, 1))
-        told = report(_tally(rows, ends), Queue(), Slo(), 0, None)
+        told = report(_tally(rows, ends), [], Slo(), 0, None)
         return told["overloaded"], told["why"]
 
     assert verdict(9)[0] is False
     assert verdict(13)[0] is True
-    few = report(_tally([(0, 0, 1, 1, 1), (9, 9, 10, 10, 1)], 10), Queue(), Slo(), 0, None)
+    few = report(_tally([(0, 0, 1, 1, 1), (9, 9, 10, 10, 1)], 10), [], Slo(), 0, None)
     assert few["overloaded"] is None
 
 

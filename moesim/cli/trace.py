@@ -7,14 +7,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli.trace_make import add_convert, add_synth
-from moesim.errors import TraceError
+from moesim.errors import TraceError, UsageError
 
 if TYPE_CHECKING:
     from moesim.traces.schema import TraceMeta
+    from moesim.traces.unions import Union
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -46,10 +48,17 @@ def _add_info(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "info",
         help="what a trace says about itself",
-        description="Print the metadata of a trace. Reads no rows; `trace check` verifies them.",
-        epilog="example: moesim trace info demo",
+        description="Print the metadata of a trace. Reads no rows (but for --batch); `trace check` "
+        "verifies them.",
+        epilog="example: moesim trace info demo --batch 1,2,4,8",
     )
     parser.add_argument("trace", help="trace file, or the name of a shipped sample")
+    parser.add_argument(
+        "--batch",
+        metavar="SIZES",
+        help="also how many experts a layer needs when so many requests decode together, e.g. "
+        "1,2,4,8,16,32",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=run_info)
 
@@ -107,13 +116,32 @@ def run_info(args: argparse.Namespace) -> int:
     with TraceReader(path) as reader:
         meta = reader.meta
     size = path.stat().st_size
+    together = _unions(path, args.batch, meta)
     if args.json:
-        told = {"bytes": size, "meta": json.loads(meta.to_json())}
-        print(json.dumps({**_head_of(path), **told}))
+        told = {**_head_of(path), "bytes": size, "meta": json.loads(meta.to_json())}
+        if args.batch is not None:
+            told["batch"] = [asdict(union) for union in together]
+        print(json.dumps(told))
         return 0
     for name, value in _described(meta, size):
         print(f"{name:<11}{value}")
+    for union in together:
+        mean = "-" if union.experts is None else f"{union.experts:.2f}"
+        print(f"batch {union.batch:<5}{mean} of {meta.experts} experts a layer")
     return 0
+
+
+def _unions(path: Path, batch: str | None, meta: TraceMeta) -> list[Union]:
+    """What ``--batch`` asks for."""
+    if batch is None:
+        return []
+    from moesim.traces.unions import unions
+
+    sizes = batch.split(",")
+    if not all(size.isascii() and size.isdigit() and 0 < int(size) < 1 << 20 for size in sizes):
+        raise UsageError(f"--batch {batch}: write sizes such as 1,2,4,8")
+    with _progress("counting", meta.rows) as advance:
+        return unions(path, [int(size) for size in sizes], advance)
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -49,6 +49,13 @@ class ContinuousBatch:
         self._steps = 0
 
     @property
+    def waiting(self) -> list[Work]:
+        """Requests that have arrived, and of which nothing has been served; some may have joined
+        when nothing was left of the budget."""
+        joined = [w for w in self._running if not w.next_pass and not w.next_token]
+        return [*joined, *self.queue.waiting]
+
+    @property
     def settled(self) -> bool:
         """Whether the next step is the same whenever it begins."""
         return not (self.queue.timed or self.until_ns)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from moesim.result import percentiles
 from moesim.serve.options import Slo
 from moesim.tally import RequestTimes, Tally
-from moesim.workload import Queue
+from moesim.workload import Work
 
 KEPT = 0.9
 """A system that finishes a smaller share of what arrives is overloaded."""
 FEWEST = 10
 """Arrivals from which on that can be said."""
-
-
-class Server(Protocol):
-    """What a report reads of a scheduler."""
-
-    queue: Queue
 
 
 def counted(tally: Tally, warm: int) -> list[RequestTimes]:
@@ -29,12 +23,15 @@ def counted(tally: Tally, warm: int) -> list[RequestTimes]:
 
 
 def report(
-    tally: Tally, queue: Queue, slo: Slo, warm: int, offered_per_s: float | None
+    tally: Tally, unserved: Sequence[Work], slo: Slo, warm: int, offered_per_s: float | None
 ) -> dict[str, Any]:
-    """The ``serving`` part of a summary, plain JSON values."""
+    """The ``serving`` part of a summary, plain JSON values.
+
+    unserved : who had arrived when the run ended, and nothing had been computed of.
+    """
     end_ns = tally.times.total()
     finished = [r for r in tally.requests if r.end_ns >= 0]
-    waiting = [work.arrival_ns or 0 for work in queue.waiting]
+    waiting = [work.arrival_ns or 0 for work in unserved]
     mine = counted(tally, warm)
     whole = [r for r in mine if r.end_ns >= 0]
     good = [r for r in whole if _keeps(r, slo)]
