@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesim.cli import main
 from moesim.engine.fast import FastEngine
 from moesim.engine.feed import Feed
 from moesim.errors import UsageError
@@ -364,3 +371,61 @@ def test_static_batches_are_the_default() -> None:
     assert isinstance(
         Scene(one_token(1), (Served(0, 0, 0),), "static").make_scheduler(), StaticBatch
     )
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def answer(*words: str) -> dict[str, Any]:
+    """The only run of ``moesim replay --json`` on the demo."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["replay", "--trace", "demo", "--limit", "12", "--json", *words]) == 0
+    (run,) = json.loads(out.getvalue())["runs"]
+    return dict(run)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--arrivals poisson:40 --requests 20 --scheduler decode-first --batch 6 --kv share",
+        "--arrivals closed:3:20ms --scheduler prefill-first --batch 2 --token-budget 32",
+        "--arrivals poisson:40 --turns 3:10ms --shift topic:2 --warm 2 --slo ttft=1ms,tpot=9s",
+        "--arrivals poisson:90 --until 60ms --scheduler decode-first --batch 2 --policy next-gate",
+        "--shift shuffle --batch 3",
+    ],
+)
+def test_both_engines_answer_the_same(words: str) -> None:
+    fast, reference = (
+        answer(*words.split(), "--engine", engine) for engine in ("fast", "reference")
+    )
+    for name in ("engine", "run_dir"):
+        del fast[name], reference[name]
+    assert fast == reference
+    served = fast["serving"]
+    assert (served is None) == ("--arrivals" not in words)
+    if served is not None:
+        parts = served["finished"] + served["running"] + served["waiting"]
+        assert served["arrived"] == parts
+        assert served["good"] <= served["counted"]
+
+
+def test_a_log_is_served_from_the_command_line(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    rows = [f"2023-11-16 18:15:{46 + i:02}.68,{5 + i},{2 + i}" for i in range(4)]
+    log.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, ""]))
+    run = answer("--arrivals", str(log), "--rate", "50", "--out", str(tmp_path / "runs"))
+    served = run["serving"]
+    assert served["arrived"] == served["finished"] == 4
+    assert served["offered_per_s"] == pytest.approx(50)
+    assert run["output_tokens"] == 2 + 3 + 4 + 5
+    assert served["matching"]["recorded_requests_used"] <= 4
+    rows_ = pq.read_table(Path(run["run_dir"]) / "requests.parquet").to_pylist()
+    assert [row["prompt_tokens"] for row in rows_] == [5, 6, 7, 8]
+    for row in rows_:
+        assert row["queue_ns"] == row["begin_ns"] - row["arrival_ns"]
+        assert row["end_to_end_ns"] == row["end_ns"] - row["arrival_ns"]
+    # What the log says is part of what a run is.
+    log.write_text(log.read_text().replace(",5,2", ",5,3"))
+    other = answer("--arrivals", str(log), "--rate", "50", "--out", str(tmp_path / "runs"))
+    assert other["run_dir"] != run["run_dir"]
