@@ -79,6 +79,7 @@ def print_replay(answer: dict[str, Any]) -> None:
         [[cell(run) for _, cell, _ in columns] for run in ran],
         left=2,
     )
+    _print_serving(out, [run for run in ran if run.get("serving")])
     for capacity in dict.fromkeys(run["capacity"] for run in ran if "ladder" in run):
         out.print(_rungs(capacity, [run for run in ran if run["capacity"] == capacity]))
     for note in _notes(ran):
@@ -99,6 +100,45 @@ def _print_diagnosis(out: Console, diagnosis: dict[str, Any]) -> None:
     )
     for warning in diagnosis["warnings"]:
         out.print(f"warning: {warning}", style="yellow")
+
+
+def _print_serving(out: Console, runs: Sequence[dict[str, Any]]) -> None:
+    """How requests that arrive were served, one row a run, and what the numbers rest on."""
+    if not runs:
+        return
+    columns = ["policy", "capacity", "ended", "queue s", "TTFT P50", "P99 s", "end to end P50"]
+    columns += ["P99 s", "in system", "good %", "good/s", ""]
+    print_table(columns, [_served(run) for run in runs], left=2)
+    for run in runs:
+        if run["serving"]["overloaded"]:
+            out.print(f"{run['policy']} at {run['capacity']}: {run['serving']['why']}")
+    matching = runs[0]["serving"]["matching"]
+    if matching is not None:
+        error, tiled = matching["output_error"]["mean"], matching["passes_tiled"]
+        out.print(
+            f"served with {matching['recorded_requests_used']} recorded requests; answers differ "
+            f"by {error:.0%} in length (mean), {tiled:.0%} of the passes repeat recorded ones"
+        )
+
+
+def _served(run: dict[str, Any]) -> list[str]:
+    told = run["serving"]
+    ttft, whole = run["ttft_ns"], told["end_to_end_ns"]
+    times = (told["queue_ns"]["mean"], ttft["p50"], ttft["p99"], whole["p50"], whole["p99"])
+    share = told["good_share"]
+    return [
+        _name(run),
+        run["capacity"],
+        f"{told['finished']} of {told['arrived']}",
+        *("-" if ns is None else f"{ns / 1e9:.3f}" for ns in times),
+        *(_number(told["mean_in_system"]), "-" if share is None else f"{100 * share:.1f}"),
+        _number(told["goodput_per_s"]),
+        "overloaded" if told["overloaded"] else "",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _name(run: dict[str, Any]) -> str:
