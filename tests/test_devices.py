@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 from moesim.costs import make_costs
 from moesim.engine.exchange import Exchange
+from moesim.engine.fast import FastEngine
+from moesim.engine.reference import ReferenceEngine
 from moesim.errors import NotRunError, ProfileError, UsageError
 from moesim.ledger import IN_FLIGHT, RESIDENT
 from moesim.placement import PLACEMENTS, Travel, divide, place
@@ -26,7 +29,8 @@ from moesim.shape import all_precisions
 from moesim.tally import Tally
 from moesim.timeline import DEVICES, chrome_events
 from moesim.traces.samples import trace_path
-from tests.harness import drive, setup_of, spec_of, start
+from moesim.types import Needs
+from tests.harness import drive, inputs_of, setup_of, spec_of, start, works_of
 from tests.strategies import (
     FITTED,
     LOSSLESS,
@@ -279,6 +283,62 @@ def test_v7_no_device_holds_what_it_does_not_own(
     assert tally.times.total() == clock.now
 
 
+# ---- two engines ---------------------------------------------------------------------------------
+
+
+def outcome(engine_of: Any, case: Case, name: str, *settings: str) -> dict[str, Any]:
+    """All that an engine counted, of the run and of each device, and what the lanes did."""
+    spec = spec_of(name, *settings)
+    policy = spec.build()
+    arrivals = Needs.FUTURE not in policy.needs
+    try:
+        engine = engine_of(setup_of(case, policy, spec.initial))
+        tally = drive(engine, works_of(case, inputs_of(policy), arrivals))
+    except (NotRunError, UsageError) as error:
+        return {"refused": str(error)}
+    return {**asdict(tally), "lanes": sorted(engine.spans or [])}
+
+
+@given(several(), specs(ALL), st.booleans(), st.booleans())
+def test_i8_several_devices_are_equal_in_both_engines(
+    case: Case, spec: tuple[str, tuple[str, ...]], share_kv: bool, flat: bool
+) -> None:
+    case = replace(case, options=replace(case.options, share_kv=share_kv, flat=flat))
+    reference, fast = (outcome(e, case, spec[0], *spec[1]) for e in (ReferenceEngine, FastEngine))
+    assert reference == fast
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_i8_every_preset_on_several_devices(number: int) -> None:
+    rng = np.random.default_rng(40 + number)
+    ran = set()
+    for name in ALL:
+        case = spread(
+            mixed_case(rng),
+            2,
+            PLACEMENTS[number],
+            slots=int(rng.integers(4, 10)),
+            by_layer=bool(rng.integers(2)),
+            host=float(rng.choice([1, 1.5, 4])),
+            between=Interconnect(0.5e9, 3),
+        )
+        if case.by_layer:
+            case = replace(case, options=replace(case.options, allocator="slots"))
+        reference, fast = (outcome(engine, case, name) for engine in (ReferenceEngine, FastEngine))
+        assert reference == fast, name
+        ran |= {name} if "refused" not in fast else set()
+    assert len(ran) >= len(ALL) - 5
+
+
+def test_i8_a_policy_in_plain_python_on_several_devices() -> None:
+    """The same seats, asked; one log."""
+    rng = np.random.default_rng(6)
+    for name in ("lru", "lfu", "next-gate", "min-bypass", "finemoe"):
+        case = spread(mixed_case(rng), 3, slots=9, host=1.5, between=Interconnect(1e9, 2))
+        asked = partial(FastEngine, asked=True)
+        assert outcome(FastEngine, case, name) == outcome(asked, case, name), name
+
+
 # ---- exchange ------------------------------------------------------------------------------------
 
 
@@ -335,7 +395,7 @@ def test_v9_a_block_and_an_event_travel_alike(case: Case) -> None:
 
 
 def demo(**more: Any) -> list[dict[str, Any]]:
-    request = Request(trace_path("demo"), load_hardware("rtx3090x6"), limit=2, engine="reference")
+    request = Request(trace_path("demo"), load_hardware("rtx3090x6"), limit=2)
     runs: list[dict[str, Any]] = replay(replace(request, **more))["runs"]
     return runs
 
@@ -343,6 +403,8 @@ def demo(**more: Any) -> list[dict[str, Any]]:
 def test_the_six_devices_of_finemoe_come_from_one_profile() -> None:
     (run,) = demo(policies=("finemoe",))
     assert len(run["devices"]) == 6 and run["placement"] == "round-robin"
+    (again,) = demo(policies=("finemoe",), engine="reference")
+    assert {**again, "engine": "fast"} == run
     for name in ("accesses", "hits", "misses", "loads", "bytes_loaded", "link_busy_ns"):
         assert run[name] == sum(device[name] for device in run["devices"])
     assert run["imbalance"]["accesses"] >= 1

@@ -222,6 +222,19 @@ COLUMNS: tuple[
 """Heading, cell, and when the column is worth its room."""
 
 
+def _devices(run: dict[str, Any]) -> str:
+    """How several devices shared a run."""
+    whole = max(1, run["time_ns"])
+    busy = [device["link_busy_ns"] / whole for device in run["devices"]]
+    hits = [100 * (device["hit_rate"] or 0) for device in run["devices"]]
+    return (
+        f"{run['policy']} at {run['capacity']} on {len(busy)} devices ({run['placement']}): hit % "
+        f"{min(hits):.2f} to {max(hits):.2f}; link busy {min(busy):.0%} to {max(busy):.0%}; the "
+        f"most asked device has {run['imbalance']['accesses'] or 1:.2f} x the mean of accesses; "
+        f"exchange {run['times_ns']['exchange'] / whole:.0%} of the time"
+    )
+
+
 def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
     if any("against_best" in run for run in runs):
         yield (
@@ -244,6 +257,9 @@ def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
             "were executed; mass, their gate mass over that of the chosen; low, what of that "
             "was executed in low precision"
         )
+    for run in runs:
+        if "devices" in run:
+            yield _devices(run)
     if any(run["oracle"] for run in runs):
         yield "bound: sees the future, or was fitted on this very trace; never ranked as a policy"
     for allowed in dict.fromkeys(name for run in runs for name in run["allowed"]):

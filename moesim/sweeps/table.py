@@ -41,7 +41,10 @@ def rows(
     for place, configuration in enumerate(configurations):
         outcome = outcomes[place]
         row: Row = {"grid": configuration.grid, **configuration.options}
-        row |= {"not_run": outcome.reason or None, "folder": outcome.run_id or None}
+        row |= {
+            "not_run": outcome.reason or None,
+            "folder": f"{runs.name}/{outcome.run_id}" if outcome.run_id else None,
+        }
         if outcome.run_id:
             manifest, summary = read_run(runs / outcome.run_id)
             row |= {column: manifest[key] for column, key in FACTS.items()}
@@ -70,7 +73,7 @@ def _mark_ties(configurations: Sequence[Configuration], made: Sequence[Row], run
             alike[configuration.grid, configuration.rest, row["capacity"]].append(row)
     for some in alike.values():
         marked = [_told(row) for row in some]
-        ties.mark(marked, [_times(runs / row["folder"]) for row in some])
+        ties.mark(marked, [_times(runs.parent / row["folder"]) for row in some])
         for row, mark in zip(some, marked, strict=True):
             row |= dict(_flat({"against_best": mark.get("against_best", {})}))
 
