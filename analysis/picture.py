@@ -1,6 +1,6 @@
 """The README's picture: one decode step on the clock, drawn from the ``timeline.json`` of runs.
 
-``python -m moesim.analysis.picture picture.svg --layers 8 --step 5 RUN RUN`` draws a panel a run.
+``python -m moesim.analysis.picture picture.svg --layers 8 --step 8 RUN RUN`` draws a panel a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moesim.errors import UsageError
 WIDTH, LEFT, RIGHT, TOP = 960, 92, 24, 62
 LANE, GAP, PANEL = 30, 8, 132
 WHAT = {
-    "dense": "attention, norms, router",
+    "dense": "attention, router, output head",
     "expert": "expert",
     "stall": "stall",
     "demand": "demand load",
@@ -87,9 +87,11 @@ def _window(run: Path, layers: int, step: int) -> tuple[list[Span], float, float
         raise UsageError(f"{path}: {error.strerror}; replay with --timeline") from None
     spans = [event for event in events if event["ph"] == "X"]
     begins = [s["ts"] for s in spans if s["cat"] == "dense"]
-    if len(begins) <= (step + 1) * layers:
+    # A step has a dense part for each layer, and one for the output head where that takes time.
+    parts = len(begins) // int(json.loads((run / "summary.json").read_text())["steps"])
+    if parts not in (layers, layers + 1) or len(begins) <= (step + 1) * parts:
         raise UsageError(f"{path}: has no step {step} of {layers} layers with one after it")
-    start, end = begins[step * layers], begins[(step + 1) * layers]
+    start, end = begins[step * parts], begins[(step + 1) * parts]
     inside = [s for s in spans if s["ts"] + s["dur"] > start and s["ts"] < end]
     return inside, start, end
 
