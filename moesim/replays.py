@@ -674,7 +674,10 @@ class _Replay:
 
     def _several(self) -> dict[str, Any]:
         """Of several devices: how the experts lie."""
-        return {"placement": self.request.placement} if self.devices > 1 else {}
+        if self.devices == 1:
+            return {}
+        joined = self.request.hardware.interconnect is not None
+        return {"placement": self.request.placement, "exchange_charged": joined}
 
     def _store(self, run: _Run, wall_s: float) -> None:
         if self.store is None:

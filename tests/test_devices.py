@@ -408,7 +408,9 @@ def test_the_six_devices_of_finemoe_come_from_one_profile() -> None:
     for name in ("accesses", "hits", "misses", "loads", "bytes_loaded", "link_busy_ns"):
         assert run[name] == sum(device[name] for device in run["devices"])
     assert run["imbalance"]["accesses"] >= 1
-    assert run["times_ns"]["exchange"] > 0
+    assert run["times_ns"]["exchange"] > 0 and run["exchange_charged"]
+    (free,) = demo(hardware=load_hardware("rtx3090"), devices=2)
+    assert free["times_ns"]["exchange"] == 0 and not free["exchange_charged"]
     assert sum(run["times_ns"].values()) == run["time_ns"]
 
 

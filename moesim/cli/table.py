@@ -231,7 +231,11 @@ def _devices(run: dict[str, Any]) -> str:
         f"{run['policy']} at {run['capacity']} on {len(busy)} devices ({run['placement']}): hit % "
         f"{min(hits):.2f} to {max(hits):.2f}; link busy {min(busy):.0%} to {max(busy):.0%}; the "
         f"most asked device has {run['imbalance']['accesses'] or 1:.2f} x the mean of accesses; "
-        f"exchange {run['times_ns']['exchange'] / whole:.0%} of the time"
+        + (
+            f"exchange {run['times_ns']['exchange'] / whole:.0%} of the time"
+            if run["exchange_charged"]
+            else "exchange free, for the hardware profile has no [interconnect]"
+        )
     )
 
 
