@@ -358,6 +358,7 @@ class _Replay:
             initial=initial,
             initial_charged=charged,
             kv_bytes_per_token=int(self.model.kv_bytes_table().sum()),
+            warm=self.request.serving.warm,
         )
 
     def _scheduler(self, capacity: Capacity | None = None) -> Scheduler:

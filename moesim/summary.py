@@ -32,6 +32,7 @@ def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
         "ttft_ns": percentiles([r.ttft_ns for r in requests if r.first_token_ns >= 0]),
         "tpot_ns": percentiles([t for r in requests if (t := r.tpot_ns) is not None]),
         "after_first_request": _after_first(tally),
+        "after_warm": _after_warm(tally, warm),
         "tokens_per_s": _ratio(tokens * 10**9, time_ns),
         "output_tokens": tokens,
         "requests": len(tally.requests),
@@ -121,6 +122,24 @@ def _after_first(tally: Tally) -> dict[str, Any]:
     return {
         "ttft_ns": percentiles([r.ttft_ns for r in rest if r.first_token_ns >= 0]),
         "tpot_ns": percentiles([t for r in rest if (t := r.tpot_ns) is not None]),
+    }
+
+
+def _after_warm(tally: Tally, warm: int) -> dict[str, Any] | None:
+    """What was counted from the first step on that began when ``warm`` requests had ended; None
+    where there are none to leave out."""
+    if not warm:
+        return None
+    before, total = tally.before, asdict(tally.counts())
+    if before is None:
+        return {**dict.fromkeys(total, 0), "hit_rate": None, "time_ns": 0, "stall_ns": 0}
+    first = asdict(before.counts())
+    counts = {name: number - first[name] for name, number in total.items()}
+    return {
+        **counts,
+        "hit_rate": _ratio(counts["hits"], counts["accesses"]),
+        "time_ns": tally.times.total() - before.times.total(),
+        "stall_ns": tally.times.stall - before.times.stall,
     }
 
 

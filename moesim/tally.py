@@ -218,6 +218,8 @@ class Tally:
     """Of one of several devices: layer events that it ended last."""
     devices: list[Tally] = field(default_factory=list)
     """What each of several devices did, its lane's own times included; empty where there is one."""
+    before: Tally | None = None
+    """What had been counted when as many requests had ended as warm the cache."""
 
     def gather(self) -> None:
         """At the end of a run: what all devices did together."""

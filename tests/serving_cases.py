@@ -41,6 +41,7 @@ class Scene:
     users: int = 0
     think_ns: int = 0
     until_ns: int = 0
+    warm: int = 0
 
     @property
     def timed(self) -> bool:
@@ -124,6 +125,7 @@ def scenes(draw: st.DrawFn, *, kv: bool = False, **kinds: Any) -> Scene:
         users,
         draw(st.sampled_from([0, 3, 50])),
         draw(st.sampled_from([0, 0, 1, 60, 400])),
+        draw(st.integers(0, 3)),
     )
 
 
@@ -131,7 +133,7 @@ def setup_for(scene: Scene, name: str, *settings: str) -> Setup:
     """The configuration of a run."""
     spec = spec_of(name, *settings)
     setup = setup_of(scene.case, spec.build(), spec.initial)
-    return replace(setup, scheduler=scene.make_scheduler())
+    return replace(setup, scheduler=scene.make_scheduler(), warm=scene.warm)
 
 
 def run_reference(scene: Scene, name: str = "lru", *settings: str) -> tuple[Tally, Watcher]:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moesim
 from moesim.costs import make_costs
 from moesim.engine.exchange import Exchange
 from moesim.engine.fast import FastEngine
@@ -494,3 +495,13 @@ def test_every_preset_serves_several_devices(number: int) -> None:
             continue
         tally = tally_of(made, name)
         assert all(device.counts().accesses for device in tally.devices), name
+
+
+def test_what_is_counted_after_warming_is_alike_on_several_devices() -> None:
+    asked = {"limit": 3, "warm": 1, "devices": 2, "arrivals": "poisson:20", "batch": 2}
+    told = [
+        moesim.replay("demo", engine=engine, **asked).summary["after_warm"]
+        for engine in ("fast", "reference")
+    ]
+    assert told[0] == told[1]
+    assert told[0]["accesses"] == told[0]["hits"] + told[0]["late_hits"] + told[0]["misses"] > 0

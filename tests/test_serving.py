@@ -26,6 +26,7 @@ from moesim.serve.continuous import kv_room
 from moesim.serve.options import Slo
 from moesim.serve.report import report
 from moesim.serve.stream import Served
+from moesim.summary import summarise
 from moesim.tally import RequestTimes, Tally
 from moesim.types import Phase
 from moesim.workload import Shape, StaticBatch
@@ -158,7 +159,7 @@ def test_s6_a_step_keeps_the_budget(scene: Scene) -> None:
 
 
 @given(scenes(), st.sampled_from(SOME), st.integers(1, 3))
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_i8_arrivals_and_schedulers_are_the_same_in_both_engines(
     scene: Scene, name: str, ahead: int
 ) -> None:
@@ -166,6 +167,7 @@ def test_i8_arrivals_and_schedulers_are_the_same_in_both_engines(
     fast = run_fast(scene, name, ahead=ahead)
     assert fast.log_digest == reference.log_digest
     assert fast.requests == reference.requests
+    assert summarise(fast, scene.warm) == summarise(reference, scene.warm)
     assert (fast.times, fast.phases, fast.steps) == (
         reference.times, reference.phases, reference.steps,
     )  # fmt: skip
@@ -206,6 +208,21 @@ def test_s7_a_request_that_never_fits_is_one_clear_line() -> None:
     case = replace(case, options=replace(WATCHED, share_kv=True), capacity_bytes=(5,))
     with pytest.raises(UsageError, match=r"request 0 needs 9 tokens of KV cache.*room for 4"):
         run_reference(Scene(case, (Served(0, 0, 0, 0, Shape(0, 9)),)))
+
+
+@given(scenes())
+@settings(max_examples=40)
+def test_what_warms_the_cache_is_what_a_shorter_stream_counts(scene: Scene) -> None:
+    """One by one and back to back: the counts before are those of the warming requests alone."""
+    stream = tuple(replace(s, arrival_ns=None, follows=-1, followed=False) for s in scene.stream)
+    scene = replace(scene, scheduler="static", users=0, until_ns=0, stream=stream, warm=1)
+    scene = replace(scene, case=replace(scene.case, batch=1))
+    if len(stream) == 1:
+        return
+    whole, _ = run_reference(scene)
+    alone, _ = run_reference(replace(scene, stream=stream[:1], warm=0))
+    assert whole.before is not None
+    assert (whole.before.phases, whole.before.times) == (alone.phases, alone.times)
 
 
 # ---- tiling --------------------------------------------------------------------------------------
@@ -296,7 +313,7 @@ def test_s3_waits_are_lindleys(load: str, continuous: bool) -> None:
 @pytest.mark.parametrize("load", ["0.5", "0.8"])
 def test_s3_the_mean_wait_is_pollaczeks_and_khinchines(load: str) -> None:
     rho = float(load)
-    waits = waits_of(Fraction(load) * 10**6, 1_000_000, continuous=False)
+    waits = waits_of(Fraction(load) * 10**6, 1_000_000, continuous=True)
     wanted = rho * 1000 / (2 * (1 - rho))
     assert abs(waits.mean() / wanted - 1) < 0.02
 

@@ -48,7 +48,11 @@ def add_serving(group: argparse._ArgumentGroup) -> None:
         "--slo", metavar="LIMITS", help="what a good request keeps, e.g. ttft=2s,tpot=50ms,e2e=30s"
     )
     group.add_argument(
-        "--warm", type=int, default=0, metavar="N", help="do not count the first N requests' times"
+        "--warm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="serve N requests before those that are counted",
     )
     group.add_argument(
         "--turns",

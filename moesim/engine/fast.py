@@ -298,6 +298,8 @@ class FastEngine:
 
     def serve(self, made: Block) -> None:
         """Run a block of steps."""
+        if self.setup.is_warm(self.tally, self._times.values()):
+            self.tally.before = self._counted_so_far()
         table = made.table.copy()
         if self.setup.options.share_kv:
             table[:, T.VISIT] = 1
@@ -511,17 +513,30 @@ class FastEngine:
             self.tally.quality = self._asked.answers.quality
         else:
             self.tally.jobs = int(m.s[S.JOBS_MADE])
-        _read(m, self.tally)
-        if self._devices:
-            for phase in Phase:
-                self.tally.phases[phase] = Counts()
-            for own, tally in zip(self._devices, self.tally.devices, strict=True):
-                _read_device(own, tally)
-            self.tally.resident_bytes = 0
-            self.tally.gather()
+        self._read_into(self.tally)
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:
             _audit(self.tally, self.now)
+
+    def _read_into(self, tally: Tally) -> None:
+        """What the core has counted, of one device or of all together."""
+        _read(self._machine, tally)
+        if not self._devices:
+            return
+        for phase in Phase:
+            tally.phases[phase] = Counts()
+        for own, device in zip(self._devices, tally.devices, strict=True):
+            _read_device(own, device)
+        tally.resident_bytes = 0
+        tally.gather()
+
+    def _counted_so_far(self) -> Tally:
+        blank = [0] * self.setup.world.layers
+        devices = [Tally(layer_stall_ns=list(blank)) for _ in self._devices]
+        counted = Tally(layer_stall_ns=blank, devices=devices)
+        self._read_into(counted)
+        counted.steps, counted.times.initial = self.tally.steps, self.tally.times.initial
+        return counted
 
 
 # ---- from a setup to arrays ----------------------------------------------------------------------

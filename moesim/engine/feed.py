@@ -7,6 +7,7 @@ from typing import Protocol
 
 from moesim.engine.block import Block, BlockMaker
 from moesim.engine.setup import Setup
+from moesim.tally import Tally
 from moesim.workload import DONE, STARVED, Idle, Passes, Step, Work
 
 BLOCK_EVENTS = 1 << 14
@@ -17,6 +18,7 @@ class Server(Protocol):
     """What a feed drives."""
 
     setup: Setup
+    tally: Tally
 
     @property
     def now(self) -> int:
@@ -80,7 +82,9 @@ class Feed:
         """Steps that can be prepared now."""
         some: list[Passes | Step] = []
         left = -(-BLOCK_EVENTS // self._layers)
-        while left > 0 and (not some or self._scheduler.settled):
+        # Who warms the cache may end with any item.
+        warming = any(e.setup.warm and e.tally.before is None for e in self._engines)
+        while left > 0 and (not some or (self._scheduler.settled and not warming)):
             steps = self._scheduler.next_steps(self._engines[0].now, left)
             if not isinstance(steps, Passes | Step):
                 return some, steps

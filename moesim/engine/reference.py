@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -193,6 +194,9 @@ class ReferenceEngine(Desk):
         while True:
             step = scheduler.next_step(self.clock.now)
             if isinstance(step, Step):
+                if self.setup.is_warm(self.tally, self.times.values()):
+                    self.tally.before = deepcopy(self.tally)
+                    self.tally.before.gather()
                 yield self.clock.after(0, STEP_BEGIN)
                 yield from self._step(step)
             elif isinstance(step, Idle):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from moesim.costs import Costs
 from moesim.errors import UsageError
 from moesim.protocol import Policy, World
+from moesim.tally import RequestTimes, Tally
 from moesim.types import ExpertId
 from moesim.workload import Scheduler
 
@@ -53,6 +54,7 @@ class Setup:
     initial : experts resident at the start.
     initial_charged : whether loading them costs time and bytes.
     kv_bytes_per_token : KV cache of one token over all layers, for ``Options.share_kv``.
+    warm : requests after whose end counting begins anew; what was counted before is kept apart.
     """
 
     policy: Policy
@@ -63,6 +65,13 @@ class Setup:
     initial: Sequence[ExpertId] = ()
     initial_charged: bool = True
     kv_bytes_per_token: int = 0
+    warm: int = 0
+
+    def is_warm(self, tally: Tally, requests: Iterable[RequestTimes]) -> bool:
+        """Whether what was counted so far must be kept apart now, before a step begins."""
+        if not self.warm or tally.before is not None:
+            return False
+        return sum(times.end_ns >= 0 for times in requests) >= self.warm
 
     def load_ns(self, nbytes: int, links: int) -> int:
         """One whole load while so many links draw on the host."""
