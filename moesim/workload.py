@@ -396,7 +396,6 @@ class Queue:
         self.think_ns = think_ns
         self.waiting: deque[Work] = deque()
         self.arrived = 0
-        self.ended = 0
         self.closed = False
         self.timed = users > 0
         """Whether any request has an arrival time."""
@@ -432,7 +431,6 @@ class Queue:
 
     def end(self, work: Work, now_ns: int) -> None:
         """A request has been served to its end."""
-        self.ended += 1
         if work.followed:
             follower = self._following.pop(work.index, None)
             if follower is None:

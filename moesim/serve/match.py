@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moesim.hashing import hash64
+from moesim.result import percentiles
 from moesim.types import AnyArray, IntArray
 
 NEAR, FAR = 1.1, 2.0
@@ -69,8 +70,6 @@ def mismatch(
     share of the served tokens and passes that repeat rows already used by the same request.
     ``cut``: the share of the requests that are shorter than what was recorded.
     """
-    from moesim.result import percentiles
-
     has = known_prompt > 0
     return {
         "prompt_error": percentiles((np.abs(known_prompt - prompt) / prompt)[has].tolist()),

@@ -241,19 +241,12 @@ def _of_log(
     seed: int,
     prefill_from_decode: bool,
 ) -> Plan:
-    assert arrivals.path is not None
-    log = read_log(arrivals.path, arrivals.log_kind).head(serving.requests)
-    if serving.requests > len(log.arrival_ns):
-        raise UsageError(
-            f"--requests {serving.requests}: {arrivals.path} has {len(log.arrival_ns)} requests"
-        )
     if not prefill_from_decode and any(not r.prompt_tokens for r in recorded):
         raise NotRunError(
             f"not run: the prompts of {arrivals.path} need a prefill, which this trace lacks; with "
             "--allow prefill=decode their tokens take the decoded ones' routing"
         )
-    if serving.rate is not None:
-        log = replace(log, arrival_ns=at_rate(log.arrival_ns, serving.rate))
+    log = _log(arrivals, serving)
     follows, before = _prefixes(log, serving)
     prompts = log.prompt_tokens - before
     known = (
@@ -261,24 +254,38 @@ def _of_log(
         np.array([r.passes for r in recorded], np.int64),
     )
     chosen = matched(prompts, log.output_tokens, known, seed)
-    passes = _passes(log, recorded, chosen)
-    rows = zip(log.arrival_ns.tolist(), prompts.tolist(), passes, chosen.tolist(), strict=True)
-    leaders = {leader for leader in follows if leader >= 0}
+    shapes = map(Shape, prompts.tolist(), _passes(log, recorded, chosen), before.tolist())
+    leaders = set(follows)
     requests = [
         Served(
             i,
             recorded[which].place,
             i,
             when if follows[i] < 0 else None,
-            Shape(prompt, count, int(before[i])),
+            shape,
             follows[i],
             i in leaders,
         )
-        for i, (when, prompt, count, which) in enumerate(rows)
+        for i, (when, which, shape) in enumerate(
+            zip(log.arrival_ns.tolist(), chosen.tolist(), shapes, strict=True)
+        )
     ]
     matching = mismatch(prompts, log.output_tokens, known[0][chosen], known[1][chosen])
     matching["recorded_requests_used"] = len(set(chosen.tolist()))
     return Plan(requests, rate_of(log.arrival_ns), matching, log.skipped)
+
+
+def _log(arrivals: Arrivals, serving: Serving) -> Log:
+    """The requests of a log that arrive, at the rate that was asked for."""
+    assert arrivals.path is not None
+    log = read_log(arrivals.path, arrivals.log_kind).head(serving.requests)
+    if serving.requests > len(log.arrival_ns):
+        raise UsageError(
+            f"--requests {serving.requests}: {arrivals.path} has {len(log.arrival_ns)} requests"
+        )
+    if serving.rate is not None:
+        log = replace(log, arrival_ns=at_rate(log.arrival_ns, serving.rate))
+    return log
 
 
 def _passes(log: Log, recorded: Sequence[Recorded], chosen: IntArray) -> list[int]:
