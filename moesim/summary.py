@@ -13,7 +13,7 @@ from moesim.types import Phase
 
 def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
     """The summary of one run, plain JSON values; times in ns. TTFT and TPOT are without the first
-    ``warm`` requests."""
+    ``warm`` requests. ``serving`` is for who knows how requests arrive."""
     total, times = tally.counts(), tally.times
     time_ns = times.total()
     requests = counted(tally, warm)
@@ -33,6 +33,7 @@ def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
         "tpot_ns": percentiles([t for r in requests if (t := r.tpot_ns) is not None]),
         "after_first_request": _after_first(tally),
         "after_warm": _after_warm(tally, warm),
+        "serving": None,
         "tokens_per_s": _ratio(tokens * 10**9, time_ns),
         "output_tokens": tokens,
         "requests": len(tally.requests),
