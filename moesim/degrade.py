@@ -60,7 +60,7 @@ class Allowed:
 
 
 def parse_allowed(texts: Sequence[str]) -> Allowed:
-    """Read ``--allow`` values.
+    """Read ``--allow`` values, each one or several with commas.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def parse_allowed(texts: Sequence[str]) -> Allowed:
     """
     recall = None
     flags = set()
-    for text in texts:
+    for text in (word.strip() for several in texts for word in several.split(",")):
         match = re.fullmatch(r"ahead=recall:([0-9.]+)(?:@([0-9]+))?", text)
         if match:
             recall = Recall(_rate(match[1], text), _seed(match[2] or "0", text))

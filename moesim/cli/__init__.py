@@ -36,6 +36,7 @@ COMMANDS = (
     "validate",
     "completion",
     "report",
+    "figures",
 )
 
 
