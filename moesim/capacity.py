@@ -44,6 +44,28 @@ def parse_bytes(text: str, what: str) -> int:
     return int(Fraction(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_dram(text: str, sizes: IntArray, experts: int) -> int:
+    """``--dram``: bytes of host memory for experts, as ``24GiB`` or as a share of all experts.
+
+    sizes : int64 [precisions, layers], bytes of one expert.
+
+    Raises
+    ------
+    UsageError
+        For another spelling, or room for less than one expert.
+    """
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", text):
+        nbytes = int(Fraction(match[1]) / 100 * int(sizes[0].sum()) * experts)
+    else:
+        nbytes = parse_bytes(text, "--dram")
+    if nbytes < int(sizes.max()):
+        raise UsageError(
+            f"--dram {text}: has room for {nbytes} bytes, and one expert has {int(sizes.max())}; "
+            "give at least one expert"
+        )
+    return nbytes
+
+
 def parse_capacity(text: str, scope: str, expert_bytes: IntArray, experts: int) -> Capacity:
     """Read one ``--capacity``.
 

@@ -258,7 +258,7 @@ class Configuration:
             "set": list(request.settings),
             "model": self.model.to_dict(),
             "costs": request.costs.name if request.costs else None,
-            "hardware": request.hardware.to_dict(),
+            "hardware": request.hardware.untiered().to_dict(),
             "order": "ready",
             "flat": False,
             "allocator": "slots",

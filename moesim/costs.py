@@ -20,7 +20,9 @@ from moesim.errors import ProfileError
 from moesim.profile import (
     Constant,
     ConstantExpert,
+    Drive,
     HardwareProfile,
+    Link,
     ModelProfile,
     Roofline,
     Table,
@@ -55,6 +57,7 @@ def make_costs(model: ModelProfile, hardware: HardwareProfile) -> Costs:
             costs.dense_ns(1, 0, layer),
             costs.expert_ns(1, layer),
             costs.cpu_expert_ns(1, layer),
+            costs.read_ns(nbytes) if hardware.ssd else 0,
         )
         if slowest > _LONGEST:
             raise ProfileError(
@@ -76,6 +79,7 @@ class Costs:
         "_dense_bytes",
         "_dense_flops",
         "_device",
+        "_drive",
         "_exchange",
         "_expert_bytes",
         "_job_bytes",
@@ -102,6 +106,7 @@ class Costs:
         self._link = _Rate(hardware.link.bytes_per_s)
         between = hardware.interconnect
         self._exchange = _Rate(math.inf if between is None else between.bytes_per_s)
+        self._drive = _Rate(hardware.ssd.bytes_per_s) if hardware.ssd else None
         self._job_ops = _Rate(host.policy_ops_per_s)
         self._job_bytes = _Rate(host.policy_bytes_per_s)
         compute, cpu = hardware.compute, host.cpu
@@ -135,14 +140,21 @@ class Costs:
         With a measured curve: between its points in a straight line from (0, latency), beyond the
         last one at the link's bandwidth.
         """
+        return _transfer_ns(self.hardware.link, self._link, _count(nbytes))
+
+    def read_ns(self, nbytes: int) -> int:
+        """Time of one whole read from the drive into host memory, as ``link_ns``."""
+        drive = self.hardware.ssd
+        assert drive is not None and self._drive is not None, "the machine has no drive"
+        return _transfer_ns(drive, self._drive, _count(nbytes))
+
+    def read_ends(self, nbytes: int) -> tuple[int, ...]:
+        """Time from the start of a read to the end of each of its chunks, as ``chunk_ends``."""
+        assert self.hardware.ssd is not None, "the machine has no drive"
         nbytes = _count(nbytes)
-        link = self.hardware.link
-        if not link.curve:
-            return link.latency_ns + self._link.ns(nbytes)
-        last_bytes, last_ns = link.curve[-1]
-        if nbytes >= last_bytes:
-            return last_ns + self._link.ns(nbytes - last_bytes)
-        return math.ceil(_line(((0, link.latency_ns), *link.curve), nbytes))
+        chunk = self.hardware.ssd.chunk_bytes or max(nbytes, 1)
+        inner = tuple(self.read_ns(end) for end in range(chunk, nbytes, chunk))
+        return (*inner, self.read_ns(nbytes))
 
     def chunk_ends(self, nbytes: int) -> tuple[int, ...]:
         """Time from the start of a transfer to the end of each of its chunks, rising.
@@ -273,6 +285,15 @@ def _width(dtype: str) -> int:
     """Bytes of one number; two where the name does not tell."""
     bits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
     return max(1, int(bits) // 8) if bits.isdecimal() else 2
+
+
+def _transfer_ns(channel: Link | Drive, rate: _Rate, nbytes: int) -> int:
+    if not channel.curve:
+        return channel.latency_ns + rate.ns(nbytes)
+    last_bytes, last_ns = channel.curve[-1]
+    if nbytes >= last_bytes:
+        return last_ns + rate.ns(nbytes - last_bytes)
+    return math.ceil(_line(((0, channel.latency_ns), *channel.curve), nbytes))
 
 
 def _count(value: int) -> int:

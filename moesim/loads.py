@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from moesim import log
 from moesim.answers import Answers
@@ -15,6 +16,7 @@ from moesim.costs import Costs
 from moesim.ledger import RESIDENT, Ledger
 from moesim.log import LogDigest
 from moesim.tally import Tally
+from moesim.tier import Tier
 from moesim.types import NEVER, Dropped, Evicted, Landed, Phase
 
 
@@ -77,6 +79,8 @@ class Loads:
         self.holds: dict[int, tuple[int, int]] = {}
         """Key -> (priority, expiry) of the plan that wants it to stay."""
         self.spans: list[tuple[str, int, int, int]] | None = None
+        self.tier: Tier | None = None
+        """Host memory, where it does not hold every expert."""
         self._now = now
         self._costs = costs
         self._chunks: dict[int, tuple[int, ...]] = {}
@@ -141,7 +145,10 @@ class Loads:
         """Put a gate's missing experts on the link, behind those under way, by rank."""
         for transfer in missing:
             self.ledger.queue(transfer.key)
-            self._demand.append(transfer)
+            if self.tier is None:
+                self._demand.append(transfer)
+            else:
+                self.tier.need(transfer.key, partial(self._demand.append, transfer))
 
     def enqueue(self, transfer: Transfer) -> None:
         """Put a prefetch in the queue; no bytes are held."""
@@ -157,6 +164,10 @@ class Loads:
     def waiting(self) -> int:
         """Prefetches without bytes."""
         return sum(not t.issued for t in self._prefetch.values())
+
+    def unissued(self) -> list[int]:
+        """Keys of prefetches without bytes, most urgent first."""
+        return [t.key for t in sorted(self._prefetch.values(), key=urgency) if not t.issued]
 
     def expire(self) -> None:
         """Drop what the newest gate made useless."""
@@ -219,6 +230,8 @@ class Loads:
         for transfer in sorted(self._prefetch.values(), key=urgency):
             if transfer.issued:
                 return transfer
+            if self.tier is not None and not self.tier.has(transfer.key):
+                continue
             place = (self.ledger.cache_of[transfer.key], self.ledger.bytes_of[transfer.key])
             if place not in full and self._issue(transfer):
                 return transfer
@@ -262,6 +275,8 @@ class Loads:
         self._displaced.pop(key, None)
         if transfer.prefetch:
             self.tally.prefetch.issued += 1
+            if self.tier is not None:
+                self.tier.pin(key)
         self.log.add(log.ISSUE, self._now(), key, int(transfer.prefetch))
         return True
 
@@ -345,6 +360,8 @@ class Loads:
         counts.loads += 1
         counts.bytes_loaded += self.ledger.copy_bytes[key]
         self.log.add(log.LAND, self._now(), key)
+        if self.tier is not None:
+            self.tier.unpin(key)
         if not transfer.staged:
             del self.flying[key]
             self.ledger.land(key)
@@ -377,6 +394,8 @@ class Loads:
         self._settle_fate(transfer, "cancelled", moved)
         del self._prefetch[key], self.flying[key]
         self.ledger.abandon(key)
+        if self.tier is not None:
+            self.tier.unpin(key)
         self.log.add(log.CANCEL, self._now(), key)
         self._note_dropped(key)
 
@@ -502,6 +521,8 @@ class Loads:
                 self.tally.prefetch.dropped += 1
         for transfer in self.unused.values():
             self._settle_fate(transfer, "unused_at_end")
+        if self.tier is not None:
+            self.tier.finish()
         self.tally.resident_bytes = self.ledger.resident_bytes(self.caches)
 
 

@@ -16,6 +16,8 @@ _BLOCK = 1 << 15
 
 # What a record begins with. Times follow where the record has one; see `moesim/README.md`.
 GATE, DEMAND, END, ISSUE, LAND, EVICT, DROP, CANCEL, SERVED = range(1, 10)
+READ, FORGET = 20, 21
+"""A copy has arrived in host memory from the drive; it, or the beginning of it, has left."""
 
 
 class LogDigest:

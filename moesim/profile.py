@@ -34,6 +34,9 @@ SCORES = (
     "unknown",
 )
 MOST_DEVICES = 64
+_BITS = {"int8": 8, "int4": 4}
+_GROUP = 128
+"""Weights that share a scale, in a precision that a profile does not state."""
 _SHIPPED = Path(__file__).parent / "profiles"
 _INT64 = 2**63 - 1
 _PerLayer = int | tuple[int, ...]
@@ -81,6 +84,31 @@ class ModelProfile:
     head_flops_per_token: int = 0
     held_bytes: int = 0  # resident but not read each pass: token embedding, cross-attention K, V
     config: tuple[tuple[str, int | bool], ...] = ()  # what the numbers were computed from
+
+    def held_in(self, names: Sequence[str]) -> ModelProfile:
+        """This model with its experts in these precisions, the largest first.
+
+        What the profile lacks of ``int8`` and ``int4`` is worked out: 8 or 4 bits a weight and a
+        16-bit scale for each 128 of them. Raises ProfileError for another, and for a wrong order.
+        """
+        sizes = tuple(self._bytes_in(name) for name in names)
+        held = replace(self, precisions=tuple(names), expert_bytes=sizes)
+        return ModelProfile.from_dict(held.to_dict(), f"{self.name} in {','.join(names)}")
+
+    def _bytes_in(self, name: str) -> _PerLayer:
+        if name in self.precisions:
+            return self.expert_bytes[self.precisions.index(name)]
+        if name not in _BITS:
+            known = ", ".join(dict.fromkeys((*self.precisions, *_BITS)))
+            raise ProfileError(f"{self.name}: has no precision {name!r}; name some of {known}")
+        weights = self.expert_flops_per_token // 2
+        nbytes = -(-weights * _BITS[name] // 8) + 2 * -(-weights // _GROUP)
+        shipped = self.precisions[0]
+        if nbytes >= min(_spread(self.expert_bytes[0], self.layers)):
+            raise ProfileError(
+                f"{self.name}: {name} would be no smaller than {shipped}, which its experts have"
+            )
+        return nbytes
 
     def expert_bytes_table(self, precision: int = 0) -> npt.NDArray[np.int64]:
         """Bytes of one expert, int64 [layers]. IndexError for an unknown precision."""
@@ -195,6 +223,8 @@ class Memory:
 
     device_bytes: int
     reserved_bytes: int  # the driver's context, activations: never for experts
+    unified: bool = False  # host and device share it, so the link is the read from the drive
+    copy_bytes_per_s: float = math.inf  # of a copy within it; of unified memory alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +251,20 @@ class Interconnect:
 
     bytes_per_s: float  # may be inf
     latency_ns: int  # once for each trip
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """The drive that holds the experts that host memory has no room for; as ``Link``."""
+
+    bytes_per_s: float  # may be inf
+    latency_ns: int  # once for each read
+    chunk_bytes: int  # 0 = a read is one chunk
+    curve: tuple[tuple[int, int], ...] = ()
+
+
+ASSUMED_DRIVE = Drive(math.inf, 100_000, 4 << 20)
+"""Latency and chunks of a drive of which only the rate is told (``--ssd``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +341,7 @@ class HardwareProfile:
     host: Host
     devices: int = 1
     interconnect: Interconnect | None = None  # None: nobody said; what travels takes no time
+    ssd: Drive | None = None
 
     @property
     def digest(self) -> str:
@@ -315,9 +360,54 @@ class HardwareProfile:
         """Whether the host gives so many links less than their own rates together."""
         return links > 1 and self.host.links_bytes_per_s < links * self.link.bytes_per_s
 
+    def tiered(self) -> HardwareProfile:
+        """This machine where an expert is read from the drive into host memory, then copied.
+
+        Of unified memory the link is the read from the drive already; its second stage is a copy
+        within that memory, and experts on the host are computed from there.
+
+        Raises ProfileError without a ``[ssd]``.
+        """
+        if self.ssd is not None:
+            return self
+        if not self.memory.unified:
+            raise ProfileError(
+                f"{self.name}: has no [ssd] to read experts from; add the table to the profile, or "
+                "give --ssd RATE"
+            )
+        link, copies, cpu = self.link, self.memory.copy_bytes_per_s, self.host.cpu
+        if isinstance(cpu, Roofline):
+            cpu = replace(cpu, bytes_per_s=max(cpu.bytes_per_s, copies))
+        return replace(
+            self,
+            ssd=Drive(link.bytes_per_s, link.latency_ns, link.chunk_bytes, link.curve),
+            link=replace(link, bytes_per_s=copies, latency_ns=0, curve=()),
+            host=replace(self.host, cpu=cpu),
+        )
+
+    def with_drive(self, bytes_per_s: float) -> HardwareProfile:
+        """This machine with another drive; a measured curve no longer holds and is gone.
+
+        Raises ProfileError unless ``bytes_per_s`` is above 0 (inf is allowed).
+        """
+        rate = _Keys({"bytes_per_s": bytes_per_s}, self.name, "ssd.").rate("bytes_per_s")
+        machine = self.tiered() if self.memory.unified else self
+        return replace(
+            machine, ssd=replace(machine.ssd or ASSUMED_DRIVE, bytes_per_s=rate, curve=())
+        )
+
+    def untiered(self) -> HardwareProfile:
+        """This machine where host memory holds every expert: no drive takes part."""
+        return replace(self, ssd=None)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types (an infinite rate is the text "inf")."""
-        cpu = self.host.cpu
+        """Plain JSON types (an infinite rate is the text "inf").
+
+        What few machines have (``ssd``, unified memory) is there only where it is used, so that
+        nobody else's digest depends on it.
+        """
+        cpu, memory = self.host.cpu, self.memory
+        shared = {"unified": True, "copy_bytes_per_s": _plain_rate(memory.copy_bytes_per_s)}
         return {
             "schema": SCHEMA,
             "name": self.name,
@@ -327,6 +417,7 @@ class HardwareProfile:
             "memory": {
                 "device_bytes": self.memory.device_bytes,
                 "reserved_bytes": self.memory.reserved_bytes,
+                **(shared if memory.unified else {}),
             },
             "link": {
                 "bytes_per_s": _plain_rate(self.link.bytes_per_s),
@@ -336,6 +427,7 @@ class HardwareProfile:
                 "curve": [list(point) for point in self.link.curve],
                 "handover_ns": self.link.handover_ns,
             },
+            **({} if self.ssd is None else {"ssd": _drive_dict(self.ssd)}),
             "compute": _compute_dict(self.compute),
             "host": {
                 "sync_ns": self.host.sync_ns,
@@ -500,6 +592,12 @@ class _Keys:
             raise self.fail(key, f"must be at most {most}, got {_show(value)}")
         return value
 
+    def truth(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, got {_show(value)}")
+        return value
+
     def per_layer(self, key: str, layers: int, least: int) -> _PerLayer:
         value = self.get(key)
         if not isinstance(value, list | tuple):
@@ -653,6 +751,10 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
         memory=Memory(
             device_bytes=memory.whole("device_bytes", least=1),
             reserved_bytes=memory.whole("reserved_bytes"),
+            unified=_optional(memory, "unified", lambda: memory.truth("unified"), False),
+            copy_bytes_per_s=_optional(
+                memory, "copy_bytes_per_s", lambda: memory.rate("copy_bytes_per_s"), math.inf
+            ),
         ),
         link=Link(
             bytes_per_s=link.rate("bytes_per_s"),
@@ -680,6 +782,7 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
         interconnect=_optional(
             keys, "interconnect", lambda: _interconnect(keys.table("interconnect")), None
         ),
+        ssd=_optional(keys, "ssd", lambda: _drive(keys.table("ssd"), folder), None),
     )
     for table in (keys, memory, link, host):
         table.close()
@@ -687,11 +790,24 @@ def _hardware(keys: _Keys, folder: Path) -> HardwareProfile:
         raise host.fail("links_bytes_per_s", "is less than one link's bytes_per_s; correct one")
     if profile.memory.reserved_bytes >= profile.memory.device_bytes:
         raise memory.fail("reserved_bytes", "leaves nothing of device_bytes; make it smaller")
+    if "copy_bytes_per_s" in memory.data and not profile.memory.unified:
+        raise memory.fail("copy_bytes_per_s", "is of unified memory; set unified, or remove it")
     return profile
 
 
 def _interconnect(keys: _Keys) -> Interconnect:
     made = Interconnect(keys.rate("bytes_per_s"), keys.whole("latency_ns"))
+    keys.close()
+    return made
+
+
+def _drive(keys: _Keys, folder: Path) -> Drive:
+    made = Drive(
+        bytes_per_s=keys.rate("bytes_per_s"),
+        latency_ns=keys.whole("latency_ns"),
+        chunk_bytes=keys.whole("chunk_bytes"),
+        curve=_optional(keys, "curve", lambda: _curve(keys, folder), ()),
+    )
     keys.close()
     return made
 
@@ -809,6 +925,15 @@ def _plain(value: _PerLayer) -> int | list[int]:
 
 def _plain_rate(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
+
+
+def _drive_dict(drive: Drive) -> dict[str, Any]:
+    return {
+        "bytes_per_s": _plain_rate(drive.bytes_per_s),
+        "latency_ns": drive.latency_ns,
+        "chunk_bytes": drive.chunk_bytes,
+        "curve": [list(point) for point in drive.curve],
+    }
 
 
 def _compute_dict(

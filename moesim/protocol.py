@@ -305,10 +305,17 @@ class MissSeat(Seat):
     """How a missing expert is served."""
 
     kind = "miss"
+    mixed: ClassVar[bool] = False
+    """True: it has missing experts loaded in lower precision, so the model must have one."""
 
     def serve(self, gate: Gate, cache: CacheView) -> Mapping[ExpertId, Serve]:
         """Missing expert -> how; those left out are fetched."""
         return {}
+
+    def lowered(self, event: LayerEvent) -> AnyArray | None:
+        """The lowest precision that will do, uint8 [T, k]; None: full. A better copy that is there
+        serves all the same (``moesim.precision``), so it matters to what is missing alone."""
+        return None
 
 
 class RouteSeat(Seat):
@@ -361,7 +368,7 @@ class SeatPolicy:
     @property
     def mixed(self) -> bool:
         """Whether it has experts executed in lower precision."""
-        return self.routing.mixed
+        return self.routing.mixed or self.miss.mixed
 
     @property
     def bypass(self) -> bool:
@@ -378,8 +385,11 @@ class SeatPolicy:
         return self.prefetch.initially(restrict(world, self.prefetch.needs))
 
     def route(self, event: LayerEvent, cache: CacheView) -> Routed | AnyArray | None:
-        """The route seat's answer."""
-        return self.routing.route(event, cache)
+        """The route seat's answer; where it leaves all as recorded, the miss seat's precisions."""
+        routed = self.routing.route(event, cache)
+        if routed is None and self.miss.mixed:
+            return Routed(None, self.miss.lowered(event))
+        return routed
 
     def on(self, fact: Fact, cache: CacheView) -> Plan:
         """Keep learns of the fact first, then prefetch plans, then misses are served."""

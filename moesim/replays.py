@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from moesim import ladder, ties
-from moesim.capacity import Capacity, parse_capacity
+from moesim.capacity import Capacity, parse_capacity, parse_dram
 from moesim.costs import make_costs
 from moesim.degrade import Allowed, lacking, rested_on
 from moesim.diagnose import diagnostics
 from moesim.engine.reference import ReferenceEngine
-from moesim.engine.setup import Options, Setup
+from moesim.engine.setup import Dram, Options, Setup
 from moesim.errors import MoesimError, NotRunError, PolicyError, TraceError, UsageError
 from moesim.past import Past, Share, past_facts, requests_of
 from moesim.placement import divide, place
@@ -37,7 +37,7 @@ from moesim.serve.continuous import ContinuousBatch, kv_room
 from moesim.serve.options import DECODE_FIRST, STATIC, Serving
 from moesim.serve.report import report
 from moesim.serve.stream import Bank, Plan, Recorded, is_plain, plan_of, queue_of
-from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped
+from moesim.shape import all_precisions, decode_from, expert_norms, fitting, shaped, shelved
 from moesim.summary import summarise
 from moesim.tally import Tally
 from moesim.timeline import chrome_events
@@ -88,6 +88,10 @@ class Request:
     """0: as many as the hardware profile says."""
     placement: str = "round-robin"
     ladder: bool = False
+    dram: str = ""
+    """Room of host memory for experts; empty: it holds all of them."""
+    precisions: tuple[str, ...] = ()
+    """What the experts are held in, the largest first; empty: as the model profile says."""
     engine: str = "fast"
     """"fast" or "reference"."""
     out: Path | None = None
@@ -202,7 +206,15 @@ class _Replay:
         self.meta = _meta(request.trace)
         _refuse_empty(self.meta, request.trace)
         self.model = shaped(request.costs or self.meta.model, self.meta)
-        self.costs = make_costs(self.model, request.hardware)
+        self.shipped = self.model.precisions[0]
+        if request.precisions:
+            self.model = self.model.held_in(request.precisions)
+        hardware = request.hardware
+        self.hardware = hardware.tiered() if request.dram else hardware.untiered()
+        self.costs = make_costs(self.model, self.hardware)
+        sizes = all_precisions(self.model)
+        self.dram_bytes = parse_dram(request.dram, sizes, self.meta.experts) if request.dram else 0
+        self._refuse_together()
         self.store = RunStore(request.out) if request.out else None
         self.arrivals = parse_arrivals(request.arrivals)
         self._streams: dict[tuple[Inputs, ...], list[Bank]] = {}
@@ -210,6 +222,21 @@ class _Replay:
         self._calibration: IntArray | None = None
         self._in_hindsight = False
         self._diagnosis: dict[str, Any] | None = None
+
+    def _refuse_together(self) -> None:
+        """UsageError for what no rule of the clock says how to join with a drive."""
+        if not self.request.dram:
+            return
+        if self.devices > 1:
+            raise UsageError(
+                f"--dram {self.request.dram}: a drive behind several devices is not modelled; "
+                "leave it out, or give --devices 1"
+            )
+        if self.request.options.write_back:
+            raise UsageError(
+                f"--dram {self.request.dram}: host memory keeps copies, so nothing is written "
+                "back; leave out --write-back"
+            )
 
     # ---- the whole -------------------------------------------------------------------------------
 
@@ -359,7 +386,28 @@ class _Replay:
             initial_charged=charged,
             kv_bytes_per_token=int(self.model.kv_bytes_table().sum()),
             warm=self.request.serving.warm,
+            dram=self._dram(run, policy, world, initial) if self.request.dram else None,
         )
+
+    def _dram(self, run: _Run, policy: Policy, world: World, initial: Sequence[ExpertId]) -> Dram:
+        """Host memory, filled by id, or by use where the device is too; with what the device does
+        not hold, if there is no room for all."""
+        given, memory = sum(run.capacity.capacity_bytes) + self.dram_bytes, self.hardware.memory
+        if memory.unified and given > memory.device_bytes - memory.reserved_bytes:
+            raise UsageError(
+                f"--dram {self.request.dram}: with --capacity {run.capacity.text} takes {given} "
+                f"bytes, and {self.hardware.name} has {memory.device_bytes} less "
+                f"{memory.reserved_bytes} for both; give less"
+            )
+        wanted: Sequence[int] = range(world.size)
+        if self._initial_kind(run.spec) == "static":
+            wanted = np.argsort(-self.calibration(), kind="stable").tolist()
+        there = set(initial)
+        wanted = sorted(wanted, key=there.__contains__)
+        if has_mixed(policy):
+            wanted = [*wanted, *range(world.size, world.expert_bytes.size * world.experts)]
+        sizes = world.expert_bytes.repeat(world.experts).tolist()
+        return Dram(self.dram_bytes, shelved(wanted, sizes, self.dram_bytes)[::-1])
 
     def _scheduler(self, capacity: Capacity | None = None) -> Scheduler:
         """Without a capacity: as if there were room for every KV cache."""
@@ -427,7 +475,8 @@ class _Replay:
         if has_mixed(policy) and len(self.model.precisions) == 1:
             raise NotRunError(
                 f"not run: {spec.name} executes experts in low precision, and {self.model.name} "
-                f"has {self.model.precisions[0]} alone; name a model that has more with --costs"
+                f"has {self.model.precisions[0]} alone; name a model that has more with --costs, "
+                f"or give it one with --precision {self.model.precisions[0]},int4"
             )
         missing = list(lacking(needs, inputs.distances, inputs.allowed, self.meta))
         if missing:
@@ -641,6 +690,7 @@ class _Replay:
                 "allowed": self._rested_on(run.inputs.needs),
                 "sizes_equal": bool(len(set(self.model.expert_bytes_table().tolist())) == 1),
                 "initial": run.manifest["initial"],
+                **self._rests_on(),
                 **self._several(),
                 **summarise(run.engine.tally, self.request.serving.warm),
                 "serving": self._serving(run),
@@ -679,6 +729,20 @@ class _Replay:
             return {}
         joined = self.request.hardware.interconnect is not None
         return {"placement": self.request.placement, "exchange_charged": joined}
+
+    def _rests_on(self) -> dict[str, Any]:
+        """What few runs are told: host memory that does not hold all, another precision."""
+        told: dict[str, Any] = {}
+        if self.request.dram:
+            told |= {"dram": self.request.dram, "dram_bytes": self.dram_bytes}
+        if self.request.precisions:
+            held = {"precisions": list(self.request.precisions), "shipped": self.shipped}
+            told["held_in"] = {**held, "quality": "unknown" if self._is_requantised else "as is"}
+        return told
+
+    @property
+    def _is_requantised(self) -> bool:
+        return self.model.precisions[0] != self.shipped
 
     def _store(self, run: _Run, wall_s: float) -> None:
         if self.store is None:
@@ -751,7 +815,9 @@ class _Replay:
             "set": list(request.settings),
             "model": self.model.to_dict(),
             "costs": request.costs.name if request.costs else None,
-            "hardware": request.hardware.to_dict(),
+            "hardware": self.hardware.to_dict(),
+            **({"dram": [request.dram, self.dram_bytes]} if request.dram else {}),
+            **({"precisions": list(request.precisions)} if request.precisions else {}),
             "engine": engine,
             "order": request.options.order,
             "flat": request.options.flat,

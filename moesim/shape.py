@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -87,4 +87,14 @@ def fitting(experts: Iterable[ExpertId], world: World, allocator: str) -> list[E
         if nbytes <= left[cache]:
             left[cache] -= nbytes
             chosen.append(expert)
+    return chosen
+
+
+def shelved(keys: Iterable[int], sizes: Sequence[int], nbytes: int) -> list[int]:
+    """As many copies as fit in so many bytes, in order. sizes : bytes of a copy, by key."""
+    chosen = []
+    for key in keys:
+        if sizes[key] <= nbytes:
+            nbytes -= sizes[key]
+            chosen.append(key)
     return chosen

@@ -49,6 +49,7 @@ def summarise(tally: Tally, warm: int = 0) -> dict[str, Any]:
         "steps": tally.steps,
         "jobs": tally.jobs,
         "quality": _quality(tally.quality),
+        **({} if tally.ssd is None else {"ssd": asdict(tally.ssd)}),
         "log_digest": tally.log_digest,
         "decision_digest": tally.decision_digest,
         **_devices(tally),

@@ -177,6 +177,34 @@ class Quality:
 
 
 @dataclass(slots=True)
+class Reads:
+    """The drive, and the host memory that it fills."""
+
+    reads: int = 0
+    """Copies that wholly arrived in host memory."""
+    bytes_read: int = 0
+    """Bytes moved, those of unfinished reads included."""
+    busy_ns: int = 0
+    dram_hits: int = 0
+    """Demanded copies that were in host memory when they were asked for."""
+    dram_misses: int = 0
+    evictions: int = 0
+    """Copies and unfinished reads that host memory gave up."""
+    evicted_bytes: int = 0
+    resident_bytes: int = 0
+    """Held at the end, what there is of unfinished reads included."""
+    start_bytes: int = 0
+    """Held at the start."""
+    initial_reads: int = 0
+    """For the device's initial state; apart from all of the above."""
+    initial_bytes: int = 0
+
+    def conserves(self) -> bool:
+        """Whether every byte of host memory came from somewhere and went somewhere."""
+        return self.start_bytes + self.bytes_read == self.evicted_bytes + self.resident_bytes
+
+
+@dataclass(slots=True)
 class Tally:
     """Everything that an engine counted in a run."""
 
@@ -211,6 +239,8 @@ class Tally:
     jobs: int = 0
     quality: Quality | None = None
     """Of a lossy policy."""
+    ssd: Reads | None = None
+    """Where host memory does not hold every expert."""
     peak_bytes: int = 0
     log_digest: str = ""
     decision_digest: str = ""
@@ -255,6 +285,7 @@ class Tally:
             "prefetch partition": prefetch.issued == sum(prefetch.count.values()),
             "prefetch plan": prefetch.planned
             == prefetch.issued + prefetch.overtaken + prefetch.dropped,
+            "I2: drive": self.ssd is None or self.ssd.conserves(),
         }
 
     def counts(self) -> Counts:

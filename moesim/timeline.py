@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-LANES = ("dense", "expert", "stall", "demand", "prefetch", "cpu", "job", "exchange")
+LANES = ("dense", "expert", "stall", "demand", "prefetch", "cpu", "job", "exchange", "ssd")
 _TRACKS = {"dense": 1, "expert": 1, "stall": 1, "demand": 2, "prefetch": 2, "cpu": 3, "job": 4}
-_TRACKS["exchange"] = 5
+_TRACKS |= {"exchange": 5, "ssd": 6}
 DEVICES = 2
 """Process of the first of several devices."""
 _NAMES = {1: "compute", 2: "link", 3: "host experts", 4: "host jobs"}
@@ -20,7 +20,7 @@ def chrome_events(spans: Sequence[tuple[str, int, int, int]], experts: int) -> l
     """
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 1, "tid": track, "name": "thread_name", "args": {"name": name}}
-        for track, name in _NAMES.items()
+        for track, name in (_NAMES | _drive_of(spans)).items()
     ]
     devices = sorted({int(lane.partition("@")[2]) for lane, *_ in spans if "@" in lane})
     if devices:
@@ -54,3 +54,8 @@ def _device_names(device: int) -> list[dict[str, Any]]:
         name = {"name": _NAMES[track]}
         made.append({"ph": "M", "pid": pid, "tid": track, "name": "thread_name", "args": name})
     return made
+
+
+def _drive_of(spans: Sequence[tuple[str, int, int, int]]) -> dict[int, str]:
+    """The track of the drive, where there is one."""
+    return {6: "drive"} if any(span[0] == "ssd" for span in spans) else {}

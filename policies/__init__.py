@@ -58,6 +58,7 @@ SEATS: dict[str, str] = {
     "miss.fetch": "moesim.policies.fetch:Fetch",
     "miss.cpu": "moesim.policies.cpu:CPU",
     "miss.fiddler": "moesim.policies.fiddler:Fiddler",
+    "miss.low": "moesim.policies.low:Low",
     "miss.hybrid-schedule": "moesim.policies.hybrid_schedule:HybridSchedule",
     "miss.q-split": "moesim.policies.link_split:LinkSplit",
     "miss.reuse-break-even": "moesim.policies.reuse_break_even:ReuseBreakEven",

@@ -17,7 +17,7 @@ import numpy as np
 from moesim import log
 from moesim.costs import make_costs
 from moesim.engine.reference import ReferenceEngine
-from moesim.engine.setup import Setup
+from moesim.engine.setup import Dram, Setup
 from moesim.past import Past, past_facts
 from moesim.policy import Policy, SeatPolicy, World
 from moesim.protocol import initially
@@ -39,7 +39,7 @@ from moesim.workload import (
 from tests.strategies import Case, choices, rows_of
 
 NAMES = {getattr(log, n): n.lower() for n in ("GATE", "END", "ISSUE", "LAND", "EVICT", "DROP")}
-NAMES |= {log.CANCEL: "cancel", log.SERVED: "served"}
+NAMES |= {log.CANCEL: "cancel", log.SERVED: "served", log.READ: "read", log.FORGET: "forget"}
 
 Record = tuple[Any, ...]
 """(what, when_ns, words...), as the engine logged it."""
@@ -153,7 +153,21 @@ def setup_of(case: Case, policy: Policy, initial: str = "cold") -> Setup:
         initial=fitting(case, chosen),
         initial_charged=case.charged,
         kv_bytes_per_token=int(case.model.kv_bytes_table().sum()),
+        dram=dram_of(case),
     )
+
+
+def dram_of(case: Case) -> Dram | None:
+    """Host memory with the first copies that fit."""
+    if not case.dram_bytes:
+        return None
+    left, chosen = case.dram_bytes, []
+    sizes = all_precisions(case.model).repeat(case.meta.experts).tolist()
+    for key, nbytes in enumerate(sizes):
+        if nbytes <= left:
+            chosen.append(key)
+            left -= nbytes
+    return Dram(case.dram_bytes, chosen)
 
 
 def drive(engine: ReferenceEngine, works: Iterator[Work]) -> Tally:
@@ -248,11 +262,46 @@ class Watch:
 
     def _step(self, inner: Callable[[], None]) -> None:
         clock, before = self.engine.clock, self.engine.clock.now
-        idle = self._idle()
+        idle, rests = self._idle(), self._drive_rests()
         inner()
         assert clock.now >= before, "I5: the clock goes back"
         assert clock.now == before or not idle, f"I10: the link rests from {before} on, and {idle}"
+        assert clock.now == before or not rests, f"I10: the drive rests from {before} on: {rests}"
         self._capacity()
+        self._shelf()
+
+    def _shelf(self) -> None:
+        """I3 and I9 of host memory: what it holds fits, and what is read from it is there."""
+        tier = self.engine.drive
+        if tier is None:
+            return
+        held = sum(self.engine.ledger.copy_bytes[key] for key in tier.sent)
+        assert held == tier.used <= tier.capacity, "I3: host memory is over its room"
+        moving = [key for key, t in self.engine.link.flying.items() if self._moves(t)]
+        needed = {*tier.pins, *moving}
+        assert all(tier.has(key) for key in needed), "I9: a copy left host memory while it was read"
+        assert set(moving) <= set(tier.pins), "I9: the link reads what nothing pins"
+
+    def _moves(self, transfer: Any) -> bool:
+        return bool(transfer.sent < len(transfer.ends))
+
+    def _drive_rests(self) -> str:
+        """I10 of the drive: what a resting one may read; empty if nothing."""
+        tier, link = self.engine.drive, self.engine.link
+        if tier is None or tier._asleep is None:
+            return ""
+        wished = [k for k, t in link._prefetch.items() if not t.issued]
+        for kept, keys in (({*tier.waiting}, [*tier.waiting]), ({*tier.waiting, *wished}, wished)):
+            for key in keys:
+                if tier.has(key):
+                    continue
+                if key in tier.sent:
+                    return f"{key} is half read"
+                sizes = self.engine.ledger.copy_bytes
+                freed = sum(sizes[k] for k in tier.sent if k not in kept and k not in tier.pins)
+                if tier.capacity - tier.used + freed >= sizes[key]:
+                    return f"{key} has room"
+        return ""
 
     def _capacity(self) -> None:
         """I3: reserved and resident bytes, counted here, fit."""
@@ -277,6 +326,8 @@ class Watch:
         for transfer in link._prefetch.values():
             if transfer.issued:
                 return "a prefetch is under way"
+            if link.tier is not None and not link.tier.has(transfer.key):
+                continue
             if self._prefetch_fits(transfer):
                 return "a prefetch has room"
         return ""
@@ -351,8 +402,18 @@ class Watch:
         spans = self.engine.spans or []
         sent = [s[1:3] for s in spans if s[0] in ("demand", "prefetch")]
         assert all(a[1] <= b[0] for a, b in pairwise(sent)), "I4: transfers overlap"
-        busy = sum(end - begin for begin, end in sent) + tally.times.initial
+        reads = [s[1:3] for s in spans if s[0] == "ssd"]
+        assert all(a[1] <= b[0] for a, b in pairwise(reads)), "I4: reads overlap"
+        read_ns = sum(end - begin for begin, end in reads)
+        setup = self.engine.setup
+        sizes = [self.engine.ledger.copy_bytes[key] for key in setup.initial]
+        filled = sum(map(setup.costs.load_ns, sizes)) if setup.initial_charged else 0
+        busy = sum(end - begin for begin, end in sent) + filled
         assert busy == tally.link_busy_ns, "I4: busy time is not the sum"
+        reads = [s[1:3] for s in spans if s[0] == "ssd"]
+        assert all(a[1] <= b[0] for a, b in pairwise(reads)), "I4: reads overlap"
+        read_ns = sum(end - begin for begin, end in reads)
+        assert read_ns == (tally.ssd.busy_ns if tally.ssd else 0), "I4: so for the drive"
         computed = [s[1:3] for s in spans if s[0] in ("dense", "expert")]
         assert all(a[1] <= b[0] for a, b in pairwise(computed)), "I4: the compute lane overlaps"
         assert not self._uncomputed or not tally.events, "I1: an expert was never computed"

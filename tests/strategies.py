@@ -23,6 +23,7 @@ from moesim.policies.presets import PRESETS
 from moesim.profile import (
     Constant,
     ConstantExpert,
+    Drive,
     HardwareProfile,
     Host,
     Interconnect,
@@ -57,6 +58,7 @@ KEEPS, PREFETCHES, MISSES = (
     for kind in ("keep", "prefetch", "miss")
 )
 PREFETCHES = [name for name in PREFETCHES if name not in FITTED]
+MISSES = [name for name in MISSES if not seat_class("miss", name).lossy]
 
 PRICED = [
     name for name, preset in PRESETS.items() if Needs.COSTS in seat_class("miss", preset.miss).needs
@@ -98,6 +100,8 @@ class Case:
     """The device of each expert; empty: there is one."""
     by_layer: bool = False
     """With several devices: whether each has a cache for each layer."""
+    dram_bytes: int = 0
+    """Room of host memory; 0: it holds every expert."""
 
     @property
     def model(self) -> ModelProfile:
@@ -132,7 +136,7 @@ class Case:
             f"{machine.host}, owners={self.owners}, by_layer={self.by_layer}, "
             f"{machine.interconnect}, capacity={self.capacity_bytes}, {self.options}, "
             f"batch={self.batch}, chunk_tokens={self.chunk_tokens}, initial={self.initial!r}, "
-            f"{self.charged=})"
+            f"{self.charged=}, {machine.ssd}, dram={self.dram_bytes})"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -495,6 +499,30 @@ def several(draw: st.DrawFn) -> Case:
         host=draw(st.sampled_from([math.inf, 1.0, 1.5, 2.0])),
         between=draw(st.sampled_from([None, Interconnect(math.inf, 0), Interconnect(0.5e9, 3)])),
     )
+
+
+@st.composite
+def tiered(draw: st.DrawFn, case: Case) -> Case:
+    """A case whose host memory has room for one expert, for a few, or for all but one byte."""
+    sizes = [int(b) for p in range(len(case.model.precisions)) for b in _sizes(case.model, p)]
+    least, every = max(sizes), sum(sizes) * case.model.experts
+    return replace(
+        case,
+        hardware=replace(
+            case.hardware,
+            ssd=Drive(
+                bytes_per_s=draw(st.sampled_from(RATES)),
+                latency_ns=draw(_ns),
+                chunk_bytes=draw(st.sampled_from([0, 1, 2, 3, 100])),
+            ),
+        ),
+        dram_bytes=max(least, draw(st.sampled_from([least, every // 3, every // 2, every - 1]))),
+    )
+
+
+def _sizes(model: ModelProfile, precision: int) -> list[int]:
+    sizes: list[int] = model.expert_bytes_table(precision).tolist()
+    return sizes
 
 
 SWAPS = (("keep", KEEPS), ("miss", MISSES))

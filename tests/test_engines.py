@@ -154,6 +154,7 @@ PLAIN = {
     "prefetch.placement",
     "miss.hybrid-schedule",
     "miss.q-split",
+    "miss.low",
     "miss.reuse-break-even",
     "keep.layer-lru",
     "keep.hobbit",

@@ -17,20 +17,35 @@ if TYPE_CHECKING:
 
 def hardware(args: argparse.Namespace) -> HardwareProfile:
     """``--hardware`` with ``--bandwidth`` applied."""
-    from moesim.capacity import parse_bytes
     from moesim.profile import load_hardware
 
     hardware = load_hardware(args.hardware)
     if args.bandwidth is None:
         return hardware
-    if args.bandwidth == "inf":
-        return hardware.with_bandwidth(float("inf"))
-    if not re.fullmatch(r"[0-9.]+ *[A-Za-z]+/s", args.bandwidth):
-        raise UsageError(f"--bandwidth {args.bandwidth}: write a rate such as 25GB/s, or inf")
-    rate = parse_bytes(args.bandwidth.removesuffix("/s"), "--bandwidth")
+    return hardware.with_bandwidth(_rate(args.bandwidth, "--bandwidth"))
+
+
+def tiered(args: argparse.Namespace) -> HardwareProfile:
+    """``hardware`` with ``--ssd`` applied, which ``--dram`` alone gives a meaning."""
+    machine = hardware(args)
+    if args.ssd is None:
+        return machine
+    if args.dram is None:
+        raise UsageError("--ssd: nothing is read from the drive; give --dram SIZE too")
+    return machine.with_drive(_rate(args.ssd, "--ssd"))
+
+
+def _rate(text: str, option: str) -> float:
+    from moesim.capacity import parse_bytes
+
+    if text == "inf":
+        return float("inf")
+    if not re.fullmatch(r"[0-9.]+ *[A-Za-z]+/s", text):
+        raise UsageError(f"{option} {text}: write a rate such as 25GB/s, or inf")
+    rate = parse_bytes(text.removesuffix("/s"), option)
     if not rate:
-        raise UsageError("--bandwidth 0: must be more than nothing")
-    return hardware.with_bandwidth(float(rate))
+        raise UsageError(f"{option} 0: must be more than nothing")
+    return float(rate)
 
 
 def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moesim.ask.arguments import hardware as hardware_of
 from moesim.ask.arguments import initial as initial_of
 from moesim.ask.arguments import path, positive, refuse_beside_plan, seed
+from moesim.ask.arguments import tiered as hardware_of
 from moesim.ask.arguments import words as words_of
 from moesim.ask.serving import add_serving, serving_of
 from moesim.errors import MoesimError, UsageError
@@ -111,6 +111,18 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         default="round-robin",
         help="which device owns an expert: dealt one by one, by use in the past, or layers as a "
         "whole [round-robin]",
+    )
+    group.add_argument(
+        "--dram",
+        metavar="SIZE",
+        help="host memory for experts, 16GiB or 50%%; the others are read from the drive [all fit]",
+    )
+    group.add_argument("--ssd", metavar="RATE", help="read rate of the drive instead, e.g. 3GB/s")
+    group.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="hold and move experts in it, e.g. int4, or bf16,int4 for policies that use both "
+        "[model profile]",
     )
     group.add_argument(
         "--order",
@@ -233,6 +245,8 @@ def request_from(args: argparse.Namespace) -> Request:
         seed=args.seed,
         devices=args.devices or 0,
         placement=args.placement,
+        dram=args.dram or "",
+        precisions=words_of([args.precision], "") if args.precision else (),
         ladder=args.ladder or (policies == ("all",) and args.arrivals == "back-to-back"),
         engine=args.engine,
         out=args.out,

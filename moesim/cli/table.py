@@ -143,11 +143,26 @@ def _number(value: float | None) -> str:
 
 def _name(run: dict[str, Any]) -> str:
     marks = [mark for mark, on in (("bound", run["oracle"]), ("lossy", run["lossy"])) if on]
+    if _requantised(run):
+        marks.append("+".join(run["held_in"]["precisions"]))
     return (
         str(run["policy"])
         + (f" ({', '.join(marks)})" if marks else "")
         + " *" * bool(run["allowed"])
     )
+
+
+def _requantised(run: dict[str, Any]) -> bool:
+    return bool(run.get("held_in", {}).get("quality") == "unknown")
+
+
+def _reads(run: dict[str, Any]) -> object:
+    return run.get("ssd")
+
+
+def _in_dram(run: dict[str, Any]) -> str:
+    reads = run["ssd"]
+    return _percent(reads["dram_hits"], reads["dram_hits"] + reads["dram_misses"])
 
 
 def _fate(fate: str) -> Callable[[dict[str, Any]], str]:
@@ -207,6 +222,8 @@ COLUMNS: tuple[
     ("TPOT ms  ", _tpot, None),
     ("stall %", lambda run: _percent(run["stall_ns"], run["time_ns"]), None),
     ("GB", lambda run: f"{run['bytes_loaded'] / 1e9:.2f}", None),
+    ("read GB", lambda run: f"{run['ssd']['bytes_read'] / 1e9:.2f}", _reads),
+    ("in DRAM %", _in_dram, _reads),
     ("prefetched", lambda run: str(run["prefetch"]["issued"]), _prefetches),
     ("used", _fate("used"), _prefetches),
     ("late", _fate("late"), _prefetches),
@@ -264,6 +281,14 @@ def _notes(runs: Sequence[dict[str, Any]]) -> Iterable[str]:
     for run in runs:
         if "devices" in run:
             yield _devices(run)
+    for held in {tuple(run["held_in"]["precisions"]) for run in runs if _requantised(run)}:
+        shipped = next(run["held_in"]["shipped"] for run in runs if _requantised(run))
+        yield f"experts in {held[0]}, shipped in {shipped}: what that does to quality is not known"
+    if any(map(_reads, runs)):
+        yield (
+            "read GB: from the drive into host memory; in DRAM: demanded loads and host runs whose "
+            "copy was there"
+        )
     if any(run["oracle"] for run in runs):
         yield "bound: sees the future, or was fitted on this very trace; never ranked as a policy"
     for allowed in dict.fromkeys(name for run in runs for name in run["allowed"]):

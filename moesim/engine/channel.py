@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesim import log
 from moesim.compiled import kernel
-from moesim.engine.fields import Ask, Back, C, K, N, O, Q, S
+from moesim.engine.fields import Ask, Back, C, K, N, O, Q, S, Shelf
 from moesim.engine.keep import keep_evicted, keep_landed
 from moesim.engine.machine import (
     ABSENT,
@@ -29,6 +29,7 @@ from moesim.engine.machine import (
     notify,
     record,
     span,
+    tier,
     word,
 )
 from moesim.engine.order import choose_victims, enter, leave, may_go
@@ -168,6 +169,8 @@ def abandon(m: M, key: int) -> None:
     p_remove(m, key)
     m.state[key] = ABSENT
     book(m, key, -1)
+    if m.s[O.TIER]:
+        tier(m, Shelf.UNPIN, key)
     record(m, log.CANCEL, key)
     note(m, DROPPED, key)
 
@@ -317,6 +320,8 @@ def issue(m: M, key: int) -> int:
     m.k[K.BLAMED, key] = -1
     if m.k[K.IS_PREFETCH, key]:
         m.s[S.ISSUED] += 1
+        if m.s[O.TIER]:
+            tier(m, Shelf.PIN, key)
     word(m, log.ISSUE)
     word(m, m.s[S.NOW])
     word(m, key)
@@ -333,6 +338,8 @@ def next_load(m: M) -> int:
         key = m.q[Q.DEMAND, m.s[S.D_HEAD] & m.s[O.RING]] if i < 0 else m.q[Q.PREFETCH, i]
         if m.k[K.IS_ISSUED, key]:
             return int(key)
+        if not m.k[K.IS_NEAR, key]:
+            continue
         seen = False
         for j in range(tried):
             seen = seen or m.q[Q.FULL, j] == m.k[K.PLACE, key]
@@ -417,6 +424,8 @@ def landed(m: M, key: int) -> None:
     m.counts[m.k[K.PHASE, key], N.LOADS] += 1
     m.counts[m.k[K.PHASE, key], N.BYTES_LOADED] += m.k[K.COPY, key]
     record(m, log.LAND, key)
+    if m.s[O.TIER]:
+        tier(m, Shelf.UNPIN, key)
     if not m.k[K.IS_STAGED, key]:
         enter(m, key)
     if m.k[K.IS_DEMANDED, key]:
@@ -451,6 +460,14 @@ def hold(m: M, key: int, priority: int, expires: int) -> None:
 @kernel
 def wake_link(m: M) -> None:
     """``Link.wake``."""
+    wake_sender(m)
+    if m.s[O.TIER]:
+        tier(m, Shelf.WAKE, 0)
+
+
+@kernel
+def wake_sender(m: M) -> None:
+    """The link's own part of that."""
     if m.s[S.L_TIME] == FAR and (m.s[S.D_HEAD] != m.s[S.D_TAIL] or m.s[S.P_COUNT]):
         link_pending(m, 0, LINK_GRANT)
 

@@ -22,6 +22,7 @@ class Rank(IntEnum):
     STEP_BEGIN = 4
     GATE = 5
     LINK_GRANT = 6
+    READ_GRANT = 7
 
 
 TOO_LONG = (
@@ -30,7 +31,9 @@ TOO_LONG = (
 )
 
 # Plain integers: an enumeration's members are slow to name where every event does it.
-LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = map(int, Rank)
+LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT, READ_GRANT = map(
+    int, Rank
+)
 
 Process: TypeAlias = Generator[simpy.Event, Any, None]
 

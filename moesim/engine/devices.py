@@ -72,7 +72,7 @@ from moesim.engine.machine import (
 from moesim.engine.order import reorder
 from moesim.engine.wishes import reprioritise_here, wake, wake_worker, wish_here
 
-LANES = 8
+LANES = 9
 """How far apart the lanes of two devices are numbered in ``M.spans``."""
 
 GRANT, SENT, COMPUTE, GATED = (

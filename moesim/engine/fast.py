@@ -47,6 +47,7 @@ from moesim.engine.fields import (
 from moesim.engine.foresight import Foreseer
 from moesim.engine.machine import HostFunction, M
 from moesim.engine.quick import quick_steps
+from moesim.engine.reads import shelf
 from moesim.engine.setup import Setup
 from moesim.engine.sights import sights
 from moesim.engine.steps import make_room
@@ -85,7 +86,7 @@ from moesim.protocol import (
     parameters,
     restrict,
 )
-from moesim.tally import FATES, GATHERED, Counts, RequestTimes, Tally
+from moesim.tally import FATES, GATHERED, Counts, Reads, RequestTimes, Tally
 from moesim.timeline import LANES
 from moesim.types import NEVER, AnyArray, IntArray, Landed, Needs, Phase, Serve, State
 from moesim.workload import KnownFuture, Passes, Step, Work, context_tokens
@@ -212,6 +213,9 @@ class FastEngine:
             load(*kernel.calls(self._machine), *load_block_functions())
         if self._machine.s[O.PREFETCH] == Wish.FORECAST:
             self._machine.s[O.SIGHTS] = address(sights)
+        if setup.dram is not None:
+            self.tally.ssd = Reads(start_bytes=int(self._machine.s[S.DRAM_USED]))
+            self._machine.s[O.TIER] = address(shelf)
         self._times: dict[int, RequestTimes] = {}
         self._fill()
         self._feed: Feed | None = None
@@ -346,7 +350,7 @@ class FastEngine:
 
     def _is_quick(self, made: Block) -> bool:
         seats, options, s = self._seats, self.setup.options, self._machine.s
-        if self._devices or not options.quick:
+        if self._devices or self.setup.dram is not None or not options.quick:
             return False
         if seats is None or options.timeline or not s[O.ONE_VICTIM]:
             return False
@@ -473,9 +477,9 @@ class FastEngine:
             tally = self.tally.devices[device] if self._devices else self.tally
             nbytes = int(m.k[K.COPY, expert])
             if self.setup.initial_charged:
-                duration = self.setup.load_ns(nbytes, links)
-                takes[device] += duration
-                own.s[S.LINK_BUSY] += duration
+                load_ns = self.setup.load_ns(nbytes, links)
+                takes[device] += load_ns + self._read_first(expert, nbytes)
+                own.s[S.LINK_BUSY] += load_ns
             with self._lent(own):
                 kernel.place(own, expert)
             tally.initial_loads += 1
@@ -502,6 +506,15 @@ class FastEngine:
         yield
         shared[:] = own.s[:SHARED]
 
+    def _read_first(self, expert: int, nbytes: int) -> int:
+        """``ReferenceEngine._read_first``."""
+        reads = self.tally.ssd
+        if reads is None or self._machine.k[K.IS_NEAR, expert]:
+            return 0
+        reads.initial_reads += 1
+        reads.initial_bytes += nbytes
+        return self.setup.costs.read_ns(nbytes)
+
     def finish(self) -> None:
         """``Link.finish``, and the arrays as a tally."""
         m = self._machine
@@ -514,6 +527,8 @@ class FastEngine:
         else:
             self.tally.jobs = int(m.s[S.JOBS_MADE])
         self._read_into(self.tally)
+        if self.tally.ssd is not None:
+            _read_tier(m, self.tally.ssd)
         self.tally.requests = list(self._times.values())
         if self.setup.options.check:
             _audit(self.tally, self.now)
@@ -559,11 +574,11 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
         state=np.full(keys, State.ABSENT, np.uint8),
         k=_keys(setup, seats, sizes),
         c=_caches(setup, seats, keys),
-        w=np.zeros((len(W), workers), np.int64),
+        w=np.zeros((len(W), workers + (setup.dram is not None)), np.int64),
         # Rows a power of two apart would share the same few lines of a CPU's cache.
         q=np.zeros((len(Q), width + 24), np.int64),
         cur=np.zeros((len(D), experts), np.int64),
-        ends=_curves(_ends(setup, sizes)),
+        ends=_curves(_all_curves(setup, sizes)),
         # A forecast may be about any later layer of this pass or of the next.
         named=np.full((_power(max(distance, 2 * world.layers) + 2), experts + 2), -1, np.int64),
         plan=np.zeros((wishes + experts, 3), np.int64),
@@ -589,6 +604,8 @@ def _machine(setup: Setup, seats: SeatPolicy | None, future: KnownFuture | None)
     machine.s[O.RUN_EVENTS] = len(starts) - 1
     machine.w[W.TIME] = NEVER
     machine.q[Q.ASLEEP, :workers] = np.arange(workers)
+    if setup.dram is not None:
+        _fill_shelf(machine, setup, len(sizes))
     return machine
 
 
@@ -619,12 +636,35 @@ def _devices(setup: Setup, machine: M) -> list[M]:
     return made
 
 
+def _all_curves(setup: Setup, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The chunks of each kind of copy on the link, then those of its reads from the drive."""
+    reads = [] if setup.dram is None else [setup.costs.read_ends(size) for size in sizes]
+    return [*_ends(setup, sizes), *reads]
+
+
 def _ends(setup: Setup, sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """The chunks of each kind of copy, for each number of links that draw on the host."""
     costs, devices = setup.costs, _count(setup.world)
     if not costs.hardware.must_share(devices):
         return [costs.chunk_ends(size) for size in sizes]
     return [costs.shared_ends(size, links + 1) for links in range(devices) for size in sizes]
+
+
+def _fill_shelf(m: M, setup: Setup, kinds: int) -> None:
+    """Host memory as it is at the start."""
+    assert setup.dram is not None and setup.costs.hardware.ssd is not None
+    m.s[O.DRAM], m.s[O.READ_CHUNK] = setup.dram.nbytes, setup.costs.hardware.ssd.chunk_bytes
+    head = m.s[O.SHELF] = m.k.shape[1] - 1
+    keys, there = len(m.state), np.array(setup.dram.initial, np.int64)
+    m.k[K.READ_CURVE, :keys] = m.k[K.CURVE, :keys] + kinds
+    m.k[K.READ_SENT, :keys] = -1
+    m.k[K.READ_SENT, there] = m.ends[m.k[K.READ_CURVE, there], 0]
+    m.k[K.IS_NEAR, :keys] = 0
+    m.k[K.IS_NEAR, there] = 1
+    m.s[S.DRAM_USED] = m.k[K.COPY, there].sum()
+    ring = np.concatenate(([head], there, [head]))
+    m.k[K.SHELF_AFTER, ring[:-1]] = ring[1:]
+    m.k[K.SHELF_BEFORE, ring[1:]] = ring[:-1]
 
 
 def _power(least: int) -> int:
@@ -675,6 +715,7 @@ def _scalars(setup: Setup, seats: SeatPolicy | None) -> IntArray:
     s[O.SEED] = world.seed
     s[O.CHUNK] = costs.hardware.link.chunk_bytes
     s[O.WORKERS] = costs.hardware.host.workers
+    s[O.ACTORS] = s[O.WORKERS] + (setup.dram is not None)
     s[O.SPANS] = options.timeline
     s[O.LOG] = options.log
     s[O.ONE_VICTIM] = equal and not options.share_kv
@@ -741,7 +782,9 @@ def _keys(setup: Setup, seats: SeatPolicy | None, sizes: Sequence[int]) -> IntAr
         caches=world.caches,
     )
     keys = len(ledger.state)
-    whole = np.zeros((len(K) + len(X), keys + len(world.capacity_bytes)), np.int64)
+    # Behind the keys are the heads of the lists: of each cache, and of host memory.
+    whole = np.zeros((len(K) + len(X), keys + len(world.capacity_bytes) + 1), np.int64)
+    whole[K.IS_NEAR] = 1
     for name in (K.MEMBER, K.BLAMED, K.VICTIM, K.NAMED, K.WISHED, K.REPLACES, K.DUE):
         whole[name] = -1
     k = whole[:, :keys]
@@ -847,6 +890,17 @@ def _read_device(m: M, tally: Tally) -> None:
     for name in ("experts", "stall", "cpu_wait"):
         setattr(tally.times, name, getattr(whole.times, name))
     tally.slowest = int(m.s[S.SLOWEST])
+
+
+def _read_tier(m: M, reads: Reads) -> None:
+    s: Callable[[S], int] = lambda row: int(m.s[row])  # noqa: E731
+    reads.reads, reads.bytes_read, reads.busy_ns = s(S.READS), s(S.BYTES_READ), s(S.READ_NS)
+    reads.dram_hits, reads.dram_misses = s(S.DRAM_HITS), s(S.DRAM_MISSES)
+    reads.evictions, reads.evicted_bytes = s(S.DRAM_EVICTIONS), s(S.DRAM_EVICTED)
+    copies, sent = m.k[K.COPY, : len(m.state)], m.k[K.READ_SENT, : len(m.state)]
+    chunk = int(m.s[O.READ_CHUNK])
+    held = np.minimum(copies, sent * chunk) if chunk else copies * sent
+    reads.resident_bytes = int(held[sent > 0].sum())
 
 
 def _counts(m: M, phase: Phase) -> Counts:

@@ -118,6 +118,20 @@ class S(_Rows):
     JOBS = auto()
     """Submitted and not yet done."""
     JOBS_QUEUED = auto()
+    # Host memory and the drive.
+    N_READS = auto()
+    """Demanded copies that wait for the drive."""
+    READ_LAST = auto()
+    """Chunks that there will be when the read under way ends."""
+    DRAM_USED = auto()
+    READS = auto()
+    BYTES_READ = auto()
+    READ_NS = auto()
+    DRAM_HITS = auto()
+    DRAM_MISSES = auto()
+    DRAM_EVICTIONS = auto()
+    DRAM_EVICTED = auto()
+    """Bytes."""
     # Counts.
     PLANNED = auto()
     OVERTAKEN = auto()
@@ -227,6 +241,8 @@ class O(IntEnum):  # noqa: E742
     SEED = auto()
     CHUNK = auto()
     WORKERS = auto()
+    ACTORS = auto()
+    """With the drive, if there is one."""
     SPANS = auto()
     RUN_EVENTS = auto()
     """Layer events of the whole run, where the future is known."""
@@ -236,6 +252,13 @@ class O(IntEnum):  # noqa: E742
     """Address of the function that tells what a job takes."""
     SIGHTS = auto()
     """Address of the function that carries out forecasts."""
+    TIER = auto()
+    """Address of the function that keeps host memory; 0: it holds every expert."""
+    DRAM = auto()
+    """Its room for experts."""
+    SHELF = auto()
+    """Column of the head of the list of what is in it."""
+    READ_CHUNK = auto()
     QUEUE = auto()
     """Jobs of forecasts that may wait."""
     BACKGROUND = auto()
@@ -308,6 +331,18 @@ class K(_Rows):
     """The layer event whose plan wished for it last."""
     CPU_NS = auto()
     LOAD_NS = auto()
+    IS_NEAR = auto()
+    """In host memory, whole."""
+    READ_SENT = auto()
+    """Chunks of it that are there; -1: none of it."""
+    READ_CURVE = auto()
+    SHELF_BEFORE = auto()
+    """In the list of what is in host memory: what was used before it."""
+    SHELF_AFTER = auto()
+    USES = auto()
+    """How many read from the copy in host memory, or are about to."""
+    NEEDED = auto()
+    """What demand waits for it, by ``reads``; 0: none."""
     SHARE = auto()
     """The probability with which a forecast wished for it."""
     DUE = auto()
@@ -477,6 +512,8 @@ class Q(_Rows):
     """Their priorities."""
     JOBS = auto()
     """Ring: jobs that wait for a host worker."""
+    READS = auto()
+    """Demanded copies that wait for the drive, oldest first."""
 
 
 class Keep(IntEnum):
@@ -518,6 +555,20 @@ class See(IntEnum):
     """Between layer events; where its record begins."""
     JOB = 3
     """Which host worker has done one."""
+
+
+class Shelf(IntEnum):
+    """What the core tells and asks of host memory; about which key."""
+
+    WAKE = 0
+    TURN = 1
+    """The drive's pending event happens."""
+    PIN = 2
+    UNPIN = 3
+    FETCH = 4
+    """Demand, of the link."""
+    HOST = 5
+    """Demand, of a host worker."""
 
 
 class G(_Rows):

@@ -27,7 +27,7 @@ from moesim.engine.channel import (
     wake_link,
     was_used,
 )
-from moesim.engine.fields import Ask, C, D, Does, E, G, K, N, O, Part, Q, S, See, T, W, Wish
+from moesim.engine.fields import Ask, C, D, Does, E, G, K, N, O, Part, Q, S, See, Shelf, T, W, Wish
 from moesim.engine.keep import keep_begins, keep_gate, keep_landed
 from moesim.engine.machine import (
     ABSENT,
@@ -58,6 +58,7 @@ from moesim.engine.machine import (
     notify,
     pending,
     span,
+    tier,
     wait,
     word,
     worker_pending,
@@ -205,6 +206,8 @@ def demand(m: M) -> None:
             m.s[S.SERVED_CPU] += 1
             m.s[S.CPU_RUNNING] += 1
             m.k[K.CPU_NS, key] = m.cur[D.CPU_NS, i]
+            if m.s[O.TIER] and not tier(m, Shelf.HOST, key):
+                continue
             m.q[Q.HOST, m.s[S.H_TAIL] & m.s[O.RING]] = key
             m.s[S.H_TAIL] += 1
         else:
@@ -214,6 +217,8 @@ def demand(m: M) -> None:
         if m.cur[D.STATUS, i] == MISS and m.cur[D.SERVE, i] == FETCH:
             key = m.cur[D.EXPERT, i]
             m.state[key] = QUEUED
+            if m.s[O.TIER] and not tier(m, Shelf.FETCH, key):
+                continue
             m.q[Q.DEMAND, m.s[S.D_TAIL] & m.s[O.RING]] = key
             m.s[S.D_TAIL] += 1
     m.s[S.WAITING] = waiting
@@ -246,7 +251,7 @@ def run(m: M) -> int:
         if before(m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ], when, rank, seq):
             who, when, rank, seq = 1, m.s[S.L_TIME], m.s[S.L_RANK], m.s[S.L_SEQ]
         if m.s[S.AWAKE]:
-            for i in range(m.s[O.WORKERS]):
+            for i in range(m.s[O.ACTORS]):
                 if before(m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i], when, rank, seq):
                     who, when, rank, seq = 2 + i, m.w[W.TIME, i], m.w[W.RANK, i], m.w[W.SEQ, i]
         if when >= FAR:
@@ -611,6 +616,8 @@ def cpu_done(m: M, key: int) -> None:
     """``ReferenceEngine._on_cpu_done``."""
     m.s[S.CPU_RUNNING] -= 1
     m.k[K.PINNED, key] = 0
+    if m.s[O.TIER]:
+        tier(m, Shelf.UNPIN, key)
     wake_link(m)
     notify(m)
 
@@ -618,7 +625,10 @@ def cpu_done(m: M, key: int) -> None:
 @kernel
 def worker(m: M, i: int) -> None:
     """``Host._work``: something is done, or the worker wakes; then the next expert, or the next
-    job, or sleep."""
+    job, or sleep. Behind the workers stands the drive."""
+    if i == m.s[O.WORKERS]:
+        tier(m, Shelf.TURN, 0)
+        return
     key = m.w[W.KEY, i]
     if key >= 0:
         span(m, ON_CPU, m.w[W.SPAN, i], key)

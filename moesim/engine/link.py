@@ -49,6 +49,8 @@ class Link(Loads):
         if self._asleep is not None and (self._demand or self._prefetch):
             asleep, self._asleep = self._asleep, None
             self.clock.fire(asleep, LINK_GRANT)
+        if self.tier is not None:
+            self.tier.wake()
 
     @property
     def draws(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 
 from moesim import hashing
-from moesim.compiled import kernel
+from moesim.compiled import call_with, kernel
 from moesim.compiler import from_zero
 from moesim.engine import clock
 from moesim.engine.fields import Ask, C, Heard, K, O, R, S, W
@@ -100,11 +100,11 @@ KIND = _tuple([_kind(field) for field in M._fields], M)
 FAR = NEVER
 ABSENT, QUEUED, IN_FLIGHT, RESIDENT = (int(s) for s in State)
 HIT, LATE, MISS = (int(s) for s in Status)
-LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT = range(7)
-assert tuple(clock.Rank) == tuple(range(7))
+LOAD_DONE, COMPUTE_DONE, WORKER_DONE, ARRIVAL, STEP_BEGIN, GATE, LINK_GRANT, READ_GRANT = range(8)
+assert tuple(clock.Rank) == tuple(range(8))
 
 # Lanes of a timeline, in the order of ``moesim.timeline.LANES``.
-DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB, EXCHANGE = range(8)
+DENSE, EXPERT, STALL, DEMAND, SPECULATIVE, ON_CPU, JOB, EXCHANGE, READING = range(9)
 
 IDLE_KEY, JOB_KEY = -1, -2
 """What a worker's pending event is when no expert: it wakes, or a job is done."""
@@ -280,6 +280,12 @@ def ask(m: M, what: int, about: int) -> int:
     """Ask the host of a policy in plain Python; 0 or less when it has failed."""
     answer: int = call(m.s[O.HOST], np.int64(what), np.int64(about))
     return answer
+
+
+@kernel
+def tier(m: M, what: int, about: int) -> A:
+    """What concerns host memory (``moesim.engine.reads``), where it does not hold every expert."""
+    return call_with(m.s[O.TIER], m, np.int64(what), np.int64(about))
 
 
 @kernel

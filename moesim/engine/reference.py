@@ -1,8 +1,9 @@
 """The reference engine: the clock of ``moesim/README.md`` in SimPy, written to be read.
 
-One serial compute lane, one link, host workers. The compute lane is the process below; the link is
-``moesim.engine.link``, the workers ``moesim.engine.host``. With several devices each has a lane for
-its experts and a link; the process below waits for the slowest.
+One serial compute lane, one link, host workers, perhaps a drive. The compute lane is the process
+below; the link is ``moesim.engine.link``, the workers ``moesim.engine.host``, the drive
+``moesim.engine.drive``. With several devices each has a lane for its experts and a link; the
+process below waits for the slowest.
 
 The engine is *fed*: it runs until its scheduler must see the next request, so that one pass over a
 trace serves many configurations, and no trace need fit in memory.
@@ -31,6 +32,7 @@ from moesim.engine.clock import (
     Clock,
     Process,
 )
+from moesim.engine.drive import Drive
 from moesim.engine.exchange import Exchange
 from moesim.engine.host import Host
 from moesim.engine.link import Link, Transfer
@@ -38,7 +40,7 @@ from moesim.engine.setup import Setup
 from moesim.ledger import Ledger
 from moesim.protocol import restrict
 from moesim.several import Several
-from moesim.tally import Tally, Times
+from moesim.tally import Reads, Tally, Times
 from moesim.types import Gate, Job, Landed, Phase
 from moesim.view import View
 from moesim.workload import (
@@ -111,6 +113,10 @@ class ReferenceEngine(Desk):
             links = [lane.link for lane in self.lanes]
             self.loads = Several(links, self._owner_of, self.ledger, self.tally)
         self.exchange = None if world.owners is None else Exchange(world, setup.costs)
+        self.drive: Drive | None = None
+        if setup.dram is not None:
+            self.tally.ssd = Reads()
+            self.drive = self.link.tier = Drive(self.clock, setup, self.link, self.tally.ssd)
         workers = setup.costs.hardware.host.workers
         self.host = Host(self.clock, setup.costs, workers, self._on_cpu_done, self.job_done)
         self.view.count_jobs = lambda: self.host.jobs_waiting
@@ -129,6 +135,8 @@ class ReferenceEngine(Desk):
         self.clock.process(self._serve())
         for lane in self.lanes:
             self.clock.process(lane.link.run())
+        if self.drive is not None:
+            self.clock.process(self.drive.run())
 
     def _make_lanes(self) -> list[Lane]:
         """One for each device, in order."""
@@ -225,9 +233,10 @@ class ReferenceEngine(Desk):
             nbytes = self.ledger.copy_bytes[expert]
             tally = self.tally_of(expert)
             if self.setup.initial_charged:
-                duration = self.setup.load_ns(nbytes, links)
+                load_ns = self.setup.load_ns(nbytes, links)
+                duration = load_ns + self._read_first(expert, nbytes)
                 takes[self.lanes.index(self._lane(expert))] += duration
-                tally.link_busy_ns += duration
+                tally.link_busy_ns += load_ns
             self.ledger.queue(expert)
             self.ledger.reserve(expert)
             self.ledger.land(expert)
@@ -237,6 +246,14 @@ class ReferenceEngine(Desk):
         if max(takes):
             yield self.clock.after(max(takes), LOAD_DONE)
             self.tally.times.initial = max(takes)
+
+    def _read_first(self, expert: int, nbytes: int) -> int:
+        """What reading an expert of the initial state takes; it passes through host memory."""
+        if self.drive is None or self.drive.has(expert):
+            return 0
+        self.drive.tally.initial_reads += 1
+        self.drive.tally.initial_bytes += nbytes
+        return self.setup.costs.read_ns(nbytes)
 
     def _step(self, step: Step) -> Process:
         self.begin_step(step)
@@ -410,6 +427,8 @@ class ReferenceEngine(Desk):
         lane = self._lane(key)
         lane.cpu_running -= 1
         self.ledger.pinned.discard(key)
+        if self.drive is not None:
+            self.drive.unpin(key)
         lane.link.wake()
         self._notify(lane)
 
@@ -422,7 +441,11 @@ class ReferenceEngine(Desk):
     def run_on_host(self, key: int, tokens: int, layer: int) -> None:
         """Give it to the host's workers."""
         self._lane(key).cpu_running += 1
-        self.host.compute(key, self.setup.costs.cpu_expert_ns(tokens, layer))
+        compute = partial(self.host.compute, key, self.setup.costs.cpu_expert_ns(tokens, layer))
+        if self.drive is None:
+            compute()
+        else:
+            self.drive.need(key, compute)
 
     def submit(self, job: Job) -> None:
         """Give it to the host's workers."""

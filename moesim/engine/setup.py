@@ -48,6 +48,18 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class Dram:
+    """Host memory that does not hold every expert: the others lie on the drive.
+
+    nbytes : its room for experts.
+    initial : keys that are in it at the start, the least recently used first.
+    """
+
+    nbytes: int
+    initial: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """One configuration: a fresh policy in its world, on its costs.
 
@@ -55,6 +67,7 @@ class Setup:
     initial_charged : whether loading them costs time and bytes.
     kv_bytes_per_token : KV cache of one token over all layers, for ``Options.share_kv``.
     warm : requests after whose end counting begins anew; what was counted before is kept apart.
+    dram : host memory; None: it holds every expert.
     """
 
     policy: Policy
@@ -66,6 +79,7 @@ class Setup:
     initial_charged: bool = True
     kv_bytes_per_token: int = 0
     warm: int = 0
+    dram: Dram | None = None
 
     def is_warm(self, tally: Tally, requests: Iterable[RequestTimes]) -> bool:
         """Whether what was counted so far must be kept apart now, before a step begins."""
