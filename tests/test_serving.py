@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from moesim.serve.arrivals import poisson_ns
 from moesim.serve.continuous import kv_room
 from moesim.serve.options import Slo
 from moesim.serve.report import report
-from moesim.serve.stream import Served
+from moesim.serve.stream import Bank, Served
 from moesim.summary import summarise
 from moesim.tally import RequestTimes, Tally
+from moesim.traces.reader import TraceReader
+from moesim.traces.samples import trace_path
 from moesim.types import Phase
-from moesim.workload import Shape, StaticBatch
+from moesim.workload import Inputs, Shape, StaticBatch, Step, prepare, take
 from tests.harness import inputs_of
 from tests.serving_cases import Scene, run_reference, scenes, setup_for
 from tests.strategies import DEMAND_ONLY, WATCHED, Case, decode_case, machine
@@ -56,7 +58,7 @@ def run_fast(scene: Scene, name: str = "lru", *options: str, ahead: int = 1) -> 
 
 
 @given(scenes(), st.sampled_from(DEMAND_ONLY[:6]))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s1_requests_are_conserved(scene: Scene, name: str) -> None:
     tally, watcher = run_reference(scene, name)
     queue = watcher.inner.queue
@@ -76,7 +78,7 @@ def test_s1_requests_are_conserved(scene: Scene, name: str) -> None:
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s2_littles_law_is_exact(scene: Scene) -> None:
     tally, watcher = run_reference(replace(scene, until_ns=0))
     assert watcher.integral() == sum(r.end_to_end_ns or 0 for r in tally.requests)
@@ -86,7 +88,7 @@ def test_s2_littles_law_is_exact(scene: Scene) -> None:
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s2_littles_law_where_the_run_is_cut(scene: Scene) -> None:
     tally, watcher = run_reference(replace(scene, until_ns=scene.until_ns or 50))
     told = report(tally, watcher.inner.waiting, Slo(), 0, None)
@@ -95,7 +97,7 @@ def test_s2_littles_law_where_the_run_is_cut(scene: Scene) -> None:
 
 
 @given(scenes())
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_s4_tokens_of_a_request_are_computed_in_order_and_once(scene: Scene) -> None:
     _, watcher = run_reference(replace(scene, until_ns=0))
     for work in watcher.works:
@@ -108,7 +110,7 @@ def test_s4_tokens_of_a_request_are_computed_in_order_and_once(scene: Scene) -> 
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s4_times_of_a_request_are_in_order(scene: Scene) -> None:
     tally, _ = run_reference(replace(scene, until_ns=0))
     for times in tally.requests:
@@ -116,7 +118,7 @@ def test_s4_times_of_a_request_are_in_order(scene: Scene) -> None:
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s5_a_continuous_batch_of_one_is_fifo(scene: Scene) -> None:
     alone = replace(scene, case=replace(scene.case, batch=1), token_budget=0)
     fifo, _ = run_reference(replace(alone, scheduler="static"))
@@ -127,7 +129,7 @@ def test_s5_a_continuous_batch_of_one_is_fifo(scene: Scene) -> None:
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s6_a_step_keeps_the_budget(scene: Scene) -> None:
     budget = max(2, scene.token_budget)
     scene = replace(scene, token_budget=budget, until_ns=0)
@@ -173,8 +175,37 @@ def test_i8_arrivals_and_schedulers_are_the_same_in_both_engines(
     )  # fmt: skip
 
 
+@given(scenes(dropped=False))
+@settings(max_examples=40)
+def test_i8_gathered_steps_are_the_blocks_that_are_put_together(scene: Scene) -> None:
+    setup = setup_for(scene, "fiddler" if scene.warm else "lru")
+    gathering, plain = (FastEngine(setup).block_maker() for _ in range(2))
+    plain._gatherer = None
+    assert gathering._gatherer is not None
+    works = list(scene.works())
+    # A request alone goes another way.
+    step = Step(3, tuple(take(work, scene.token_budget) for work in works))
+    made, wanted = gathering.make([step]), plain.make([step])
+    gathered = made.events is gathering._gatherer.events
+    assert gathered == all(work.bank is not None for work in works)
+    assert np.array_equal(made.events, wanted.events)
+    accesses = wanted.demand.shape[1]
+    assert np.array_equal(made.demand[:, :accesses], wanted.demand)
+    assert np.array_equal(made.ids[:accesses], wanted.ids)
+    assert np.array_equal(made.table, wanted.table)
+
+
+def test_i8_the_shipped_trace_is_gathered() -> None:
+    with TraceReader(trace_path("demo")) as reader:
+        rows = list(islice(reader.requests(), 3))
+        works = [prepare(i, one, reader.meta, Inputs()) for i, one in enumerate(rows)]
+    bank = Bank()
+    bank.fill(enumerate(works))
+    assert all(work.bank is not None for work in bank.works.values())
+
+
 @given(scenes(kv=True))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_s7_the_kv_cache_never_takes_what_the_experts_of_a_token_need(scene: Scene) -> None:
     scene = replace(scene, scheduler="decode-first")
     try:
@@ -229,7 +260,7 @@ def test_what_warms_the_cache_is_what_a_shorter_stream_counts(scene: Scene) -> N
 
 
 @given(scenes())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_tiled_request_repeats_its_recorded_rows(scene: Scene) -> None:
     """Restated: token t of a prompt is the recorded token t modulo the recorded length."""
     for work in scene.works():
