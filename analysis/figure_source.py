@@ -71,8 +71,10 @@ class Source:
         """
         path = self.path.parent / "runs" / str(folder) / REQUESTS
         if not path.is_file():
-            raise Absent(f"{path}: not there; this figure needs the folders of its runs, not the "
-                         f"table alone: {self.command}")  # fmt: skip
+            raise Absent(
+                f"runs/{folder}: not beside the table; this figure needs the folders of its runs: "
+                f"{self.command}"
+            )
         return pd.read_parquet(path)
 
     def traces(self, cases: Sequence[str] | None = None) -> dict[str, Path]:

@@ -157,7 +157,7 @@ def figure3(source: Source) -> Drawing:
     axes[0][3].set(title="(c) iterations added up", xlabel="iterations")
     axes[0][3].legend(fontsize=6)
     stand_in = [name_of(case) for case, m in found.items() if not m.whole]
-    notes = ("Of the traces, no simulation.",)
+    notes: tuple[str, ...] = ("Of the traces, no simulation.",)
     if stand_in:
         notes += (f"No gates recorded, so of the chosen experts' weights: {', '.join(stand_in)}.",)
     return Drawing(figure, pd.concat([grains, counted], ignore_index=True), None, notes)
@@ -230,7 +230,7 @@ _PAIRS_NOTE = (
 )
 
 
-def _pairs(source: Source) -> dict[str, Mapping[str, Any]]:
+def _pairs(source: Source) -> Mapping[str, Mapping[str, Any]]:
     found = {c: trace_studies.pairs(trace_studies.maps(p)) for c, p in source.traces().items()}
     found = {case: scores for case, scores in found.items() if scores}
     if not found:

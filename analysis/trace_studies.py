@@ -7,6 +7,7 @@ tokens; of a trace without gates the chosen experts' weights, shared out to 1 (a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ class Maps:
     whole: bool
 
 
+@lru_cache(maxsize=4)
 def maps(path: Path) -> Maps:
-    """Read the first requests of a trace."""
+    """Read the first requests of a trace; several figures ask for the same."""
     columns = Columns(True, True, False, False, False, True, True, False)
     numbers, shares, used, vectors, train = [], [], [], [], []
     whole = True
@@ -171,4 +173,5 @@ def best_scores(found: Maps, sizes: list[int]) -> list[tuple[int, float | None, 
 
 def _unit(values: Floats) -> Floats:
     norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+    unit: Floats = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0)
+    return unit
