@@ -409,14 +409,15 @@ def edited(path: Path) -> set[str]:
     return {name for name in names if compiled.source_digest(name) != before[name]}
 
 
-CORE = {f"moesim.engine.{name}" for name in ("kernel", "quick", "steps", "wishes")}
+CORE = {f"moesim.engine.{name}" for name in ("devices", "kernel", "quick", "steps", "wishes")}
 
 
 @pytest.mark.parametrize(
     ("name", "affected"),
     [
-        ("engine/kernel.py", {"moesim.engine.kernel"}),
-        ("engine/quick.py", {"moesim.engine.kernel", "moesim.engine.quick"}),
+        ("engine/devices.py", {"moesim.engine.devices"}),
+        ("engine/kernel.py", {"moesim.engine.devices", "moesim.engine.kernel"}),
+        ("engine/quick.py", {f"moesim.engine.{n}" for n in ("devices", "kernel", "quick")}),
         ("engine/block.py", {"moesim.engine.block", "moesim.engine.future"}),
         ("engine/machine.py", CORE),
         ("policies/lru.py", CORE),
