@@ -210,6 +210,7 @@ def request_from(args: argparse.Namespace) -> Request:
     trace, settings = trace_path(args.trace), args.set
     costs = None if args.costs is None else load_model(args.costs)
     hardware = hardware_of(args)
+    alone, back_to_back = (args.devices or hardware.devices) == 1, args.arrivals == "back-to-back"
     if args.plan is not None:
         refuse_beside_plan(args)
         plan = planned(args.plan, trace, costs)
@@ -247,7 +248,7 @@ def request_from(args: argparse.Namespace) -> Request:
         placement=args.placement,
         dram=args.dram or "",
         precisions=words_of([args.precision], "") if args.precision else (),
-        ladder=args.ladder or (policies == ("all",) and args.arrivals == "back-to-back"),
+        ladder=args.ladder or (policies == ("all",) and alone and back_to_back),
         engine=args.engine,
         out=args.out,
     )
