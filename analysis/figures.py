@@ -106,6 +106,9 @@ def _write(drawing: Drawing, source: Source, stem: Path, title: str) -> None:
     drawing.data.to_csv(
         stem.with_suffix(".csv"), index=False, float_format="%.10g", lineterminator="\n"
     )
+    # Laid out once, not again for each format.
+    drawing.figure.draw_without_rendering()
+    drawing.figure.set_layout_engine("none")
     facts = {"Title": title, "Subject": source.command, "Keywords": _digests(drawing, source)}
     drawing.figure.savefig(
         stem.with_suffix(".pdf"), metadata={**facts, "Creator": "moesim", "CreationDate": None}
