@@ -199,7 +199,10 @@ def caveats(rows: pd.DataFrame | None) -> list[str]:
     for names, text in (
         (_values(rows, "costs"), "Bytes and times (--costs) of {}, routing of the traces."),
         (_stand_ins(rows), "Stand-ins for what traces lack (--allow): {}."),
-        (_where(rows, "oracle"), "Bounds, which no policy can have: {}."),
+        (
+            _where(rows, "oracle"),
+            "Bounds, for they know the future (of loads; the host may compute instead): {}.",
+        ),
         (_where(rows, "lossy"), "Lossy, so not ranked with the others: {}; time is fixed-path."),
     ):
         if names:

@@ -129,8 +129,9 @@ def looks(series: Sequence[str]) -> dict[str, Look]:
             found[name] = place
     free = [i for i in range(len(LOOKS)) if i not in found.values()]
     rest = [name for name in series if name not in found]
+    # Looks that come twice begin past those of what a figure is about.
     for i, name in enumerate(rest):
-        found[name] = free[i] if i < len(free) else (i - len(free)) % len(LOOKS)
+        found[name] = free[i] if i < len(free) else (i - len(free) + 3) % len(LOOKS)
     return {name: LOOKS[found[name]] for name in series}
 
 
