@@ -200,6 +200,19 @@ def replay(request: Request, progress: Progress | None = None) -> dict[str, Any]
     return _Replay(request).run(progress)
 
 
+def check(request: Request) -> None:
+    """Refuse what ``replay`` would refuse before it replays, whatever the policy.
+
+    Raises
+    ------
+    MoesimError
+        For a mistake in the options, or options that the trace does not bear.
+    """
+    whole = _Replay(replace(request, out=None))
+    whole._capacities()
+    digest_of_log(whole.arrivals)
+
+
 class _Replay:
     def __init__(self, request: Request) -> None:
         self.request = request

@@ -6,12 +6,14 @@ all. Equal inputs give equal bytes; what may differ (host, wall time) is in ``ho
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from moesim.errors import UsageError
 SCHEMA = 1
 MANIFEST, SUMMARY, REQUESTS = "manifest.json", "summary.json", "requests.parquet"
 TIMELINE, HOST = "timeline.json", "host.json"
+ATTEMPTS = 100
 
 
 def canonical(value: Any) -> str:
@@ -117,14 +120,29 @@ class RunStore:
                 (beside / TIMELINE).write_text(
                     json.dumps({"displayTimeUnit": "ns", "traceEvents": list(timeline)})
                 )
-            if target.exists():
-                shutil.rmtree(target)
-            beside.rename(target)
+            _put(beside, target)
         except OSError as error:
             raise _unwritable(target, error) from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         return target
+
+
+def _put(beside: Path, target: Path) -> None:
+    """Rename, whatever lies there. Another process may put an equal run there meanwhile."""
+    gone = beside.with_name(f"{beside.name}-old")
+    for _ in range(ATTEMPTS):
+        try:
+            beside.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            target.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    raise OSError(errno.EEXIST, "other processes write there")
 
 
 def host_facts(wall_s: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   moesim sweep example --out sweeps/example
   moesim sweep mine.toml --out sweeps/mine --with trace=lmsys.parquet --jobs 8
-  moesim sweep finemoe --smoke --dry-run
+  moesim sweep finemoe-online --smoke --dry-run
 """
 
 
@@ -93,11 +92,25 @@ def _instead(given: list[str]) -> dict[str, Any]:
     for name, equals, _ in pairs:
         if not equals or not name:
             raise UsageError(f"--with {name}: write option=value, such as trace=my.parquet")
-    return {name: {"true": True, "false": False}.get(value, value) for name, _, value in pairs}
+    return {name: _value(text) for name, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    """As it would be in the file, where a text needs no quotes."""
+    import tomllib
+
+    try:
+        read = tomllib.loads(f"it = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    usable = list(read) == ["it"] and isinstance(read["it"], bool | int | float | str | list)
+    return read["it"] if usable else text
 
 
 def _jobs(args: argparse.Namespace) -> int:
-    return int(args.jobs or len(os.sched_getaffinity(0)))
+    from joblib import cpu_count
+
+    return int(args.jobs or cpu_count())
 
 
 def _executor(args: argparse.Namespace) -> Executor:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from moesim.ask.replays import option_names, problems, request_of
-from moesim.capacity import parse_capacity
 from moesim.errors import MoesimError, UsageError
 from moesim.policies.presets import PRESETS
 from moesim.registry import resolve
-from moesim.shape import shaped
-from moesim.traces.reader import Columns, TraceReader
 
 Option = str | int | float | bool
 TABLES = ("name", "note", "defaults", "smoke", "grid")
@@ -103,9 +100,11 @@ def read_experiment(
     ExperimentError
         With all that is wrong.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise ExperimentError([f"{path}: not TOML: must be UTF-8"]) from None
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError([f"{path}: not TOML: {error}"]) from None
     return _Reader(path, _lines_of(text), data, smoke, instead or {}).read()
@@ -113,6 +112,8 @@ def read_experiment(
 
 Place = tuple[str, int, str]
 """Table, which of the tables of that name, and key; "" is the table itself."""
+WITH = "--with"
+"""The table of what replaces everything."""
 
 
 class _Reader:
@@ -129,46 +130,54 @@ class _Reader:
         self.wrong: list[tuple[int, str]] = []
 
     def read(self) -> Experiment:
-        self._check_shape()
-        self._stop_if_wrong()
-        grids = list(enumerate(self.data["grid"]))
-        found = [c for number, grid in grids for c in self._spelled_out(number, grid)]
-        self._stop_if_wrong()
-        for configuration in found:
-            self._check_meaning(configuration)
-        self._stop_if_wrong()
+        self._check_top()
+        grids = self._grids()
+        self._check_names(grids)
+        sound = self._check_tables(self._shared())
+        found: list[Configuration] = []
+        for number, grid in enumerate(grids):
+            small = ("grid.smoke", number, grid.get("smoke", {}))
+            if self._check_tables([("grid", number, grid), small]) and sound:
+                found += self._spelled_out(number, grid)
+        self._check_meaning(found)
+        if self.wrong:
+            raise ExperimentError([self._told(*one) for one in dict.fromkeys(sorted(self.wrong))])
         name = self.data.get("name", self.path.stem)
         return Experiment(name, self.data.get("note", ""), self.path, tuple(found))
 
-    def _stop_if_wrong(self) -> None:
-        if self.wrong:
-            told = dict.fromkeys(sorted(self.wrong))
-            raise ExperimentError([f"{self.path}:{line}: {text}" for line, text in told])
+    def _told(self, line: int, text: str) -> str:
+        return f"{self.path}:{line}: {text}" if line else f"{WITH} {text}"
 
     def _say(self, place: Place, text: str) -> None:
         table, number, _ = place
-        line = self.lines.get(place, self.lines.get((table, number, ""), 1))
-        self.wrong.append((line, text))
+        whole = (table, number, "")
+        inline = (table.partition(".")[0], number, table.partition(".")[2])
+        line = next((self.lines[p] for p in (place, whole, inline) if p in self.lines), 1)
+        self.wrong.append((0 if table == WITH else line, text))
 
     # ---- shape -----------------------------------------------------------------------------------
 
-    def _check_shape(self) -> None:
+    def _check_top(self) -> None:
         for key in self.data:
             if key not in TABLES:
                 self._say(("", 0, key), f"{key}: no such key; {_near(key, TABLES)}")
         for key in ("name", "note"):
             if not isinstance(self.data.get(key, ""), str):
                 self._say(("", 0, key), f"{key}: must be a text")
-        for key in ("defaults", "smoke"):
-            if not isinstance(self.data.get(key, {}), dict):
-                self._say(("", 0, key), f"{key}: must be a table, [{key}]")
+
+    def _shared(self) -> list[tuple[str, int, Any]]:
+        """The tables that hold for every grid."""
+        tables = [(name, 0, self.data.get(name, {})) for name in ("defaults", "smoke")]
+        return [*tables, (WITH, 0, self.instead)]
+
+    def _grids(self) -> list[Mapping[str, Any]]:
         grids = self.data.get("grid", [])
         if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
             self._say(("grid", 0, ""), "grid: write each as a table of its own, [[grid]]")
-        elif not grids:
-            self._say(("", 0, ""), "no [[grid]]: give at least one")
-        else:
-            self._check_names(grids)
+            return []
+        if not grids:
+            self._say(("", 0, "grid"), "no [[grid]]: give at least one")
+        return grids
 
     def _check_names(self, grids: Sequence[Mapping[str, Any]]) -> None:
         seen: set[str] = set()
@@ -181,106 +190,136 @@ class _Reader:
             else:
                 seen.add(name)
 
-    # ---- configurations --------------------------------------------------------------------------
+    # ---- options ---------------------------------------------------------------------------------
+
+    def _check_tables(self, tables: Sequence[tuple[str, int, Any]]) -> bool:
+        """Whether every option of some tables is right by itself."""
+        before = len(self.wrong)
+        for table, number, values in tables:
+            if isinstance(values, dict):
+                self._check_table(table, number, values)
+            else:
+                name = table.rpartition(".")[2]
+                self._say((table, number, ""), f"{name}: must be a table, [{table}]")
+        return len(self.wrong) == before
+
+    def _check_table(self, table: str, number: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if table != "grid" or key not in ("name", "smoke"):
+                for text in _mistakes(key.replace("_", "-"), value):
+                    self._say((table, number, key), text)
 
     def _spelled_out(self, number: int, grid: Mapping[str, Any]) -> Iterator[Configuration]:
-        values = self._values(number, grid)
-        self._check_values(number, values)
-        lists = [value if isinstance(value, list) else [value] for value in values.values()]
+        values = self._values(grid)
+        lists = [_each(value) for value in values.values()]
         line = self.lines.get(("grid", number, ""), 1)
         for point in product(*lists):
-            yield Configuration(grid["name"], dict(zip(values, point, strict=True)), line)
+            name = str(grid.get("name", ""))
+            yield Configuration(name, dict(zip(values, point, strict=True)), line)
 
-    def _values(self, number: int, grid: Mapping[str, Any]) -> dict[str, Any]:
+    def _values(self, grid: Mapping[str, Any]) -> dict[str, Any]:
         """Option, spelled with dashes -> value or list of values."""
         own = {k: v for k, v in grid.items() if k not in ("name", "smoke")}
         layers = [self.data.get("defaults", {}), own]
         if self.smoke:
-            small = grid.get("smoke", {})
-            if not isinstance(small, dict):
-                self._say(("grid", number, "smoke"), "smoke: must be a table")
-                small = {}
-            layers += [self.data.get("smoke", {}), small]
+            layers += [self.data.get("smoke", {}), grid.get("smoke", {})]
         merged: dict[str, Any] = {}
         for layer in (*layers, self.instead):
             merged |= {key.replace("_", "-"): value for key, value in layer.items()}
         merged = {**BASE, **merged}
         return {**merged, **{name: _listed(merged[name]) for name in SHARED}}
 
-    def _check_values(self, number: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            where = self._place(number, name)
-            if name in BY_SWEEP:
-                self._say(where, f"{name}: not in an experiment; {BY_SWEEP[name]}")
-            elif value == []:
-                self._say(where, f"{name}: an empty list makes an empty grid; give a value")
-            for one in value if isinstance(value, list) else [value]:
-                self._check_one(where, name, one)
+    # ---- meaning ---------------------------------------------------------------------------------
 
-    def _check_one(self, where: Place, name: str, value: Any) -> None:
-        if name in BY_SWEEP:
-            return
-        if name not in option_names():
-            self._say(where, f"{name}: no such option; {_near(name, option_names())}")
-        elif not isinstance(value, Option):
-            self._say(where, f"{name} {value!r}: must be a text, a number or true or false")
-        else:
-            for text in _alone(name, value):
-                self._say(where, text)
-
-    def _place(self, number: int, name: str) -> Place:
-        """Where an option of a grid is given."""
-        spelled = (name, name.replace("-", "_"))
-        places = [("grid", number, s) for s in spelled] + [("defaults", 0, s) for s in spelled]
-        return next((place for place in places if place in self.lines), ("grid", number, ""))
-
-    def _check_meaning(self, configuration: Configuration) -> None:
+    def _check_meaning(self, found: Sequence[Configuration]) -> None:
         """What only all options together, or the trace, can show."""
-        try:
-            request = request_of(options_of(configuration.options))
-            resolve(request.policies, request.settings)
-            for capacity in request.capacities:
-                if isinstance(capacity, str):
-                    _check_capacity(request.trace, request.costs, request.scope, capacity)
-        except MoesimError as error:
-            text = " ".join(str(error).split())
-            self.wrong.append((configuration.line, f"grid {configuration.grid}: {text}"))
+        known: dict[object, str] = {}
+        for one in found:
+            policy, capacity = str(one.options["policy"]), str(one.options["capacity"])
+            checks = (
+                ((one.rest, capacity), lambda o=one, c=capacity: _check_options(o, c)),
+                ((one.options.get("set"), policy), lambda o=one, p=policy: _check_policy(o, p)),
+            )
+            for key, check in checks:
+                if key not in known:
+                    known[key] = _complaint(check)
+                if known[key]:
+                    self.wrong.append((one.line, f"grid {one.grid}: {known[key]}"))
+
+
+def _check_options(one: Configuration, capacity: str) -> None:
+    from moesim.replays import check
+
+    options = options_of(dict(one.rest))
+    # Where it will be kept does not matter yet, only that it will.
+    check(request_of({**options, "policy": "lru", "capacity": capacity, "out": "."}))
+
+
+def _check_policy(one: Configuration, policy: str) -> None:
+    resolve([policy], settings_of(one.options))
+
+
+def _complaint(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except MoesimError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def settings_of(options: Mapping[str, Option]) -> list[str]:
+    """Several settings stand in one text, with commas."""
+    return [one.strip() for one in str(options["set"]).split(",")] if options.get("set") else []
 
 
 def options_of(options: Mapping[str, Option]) -> dict[str, object]:
-    """As ``request_of`` takes them: several settings stand in one text, with commas."""
-    several = {"set": str(options["set"]).split(",")} if options.get("set") else {}
+    """As ``request_of`` takes them."""
+    several = {"set": settings_of(options)} if options.get("set") else {}
     return {**{k: v for k, v in options.items() if k != "set"}, **several}
+
+
+def _each(value: Any) -> list[Any]:
+    """The values of a list, each once; what is no list is one value."""
+    return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
 def _listed(values: Any) -> list[Any]:
     """Policies or capacities as the command line would take them, each by itself and as text."""
-    given = values if isinstance(values, list) else [values]
-    texts: list[Any] = []
-    for value in given:
-        if isinstance(value, float) and 0 < value <= 1:
+    texts: list[str] = []
+    for value in _each(values):
+        if isinstance(value, float):
             texts.append(f"{100 * value:.10g}%")
-        elif isinstance(value, str):
-            texts += [word.strip() for word in value.split(",")]
         else:
-            texts.append(str(value) if type(value) is int else value)
+            texts += [word.strip() for word in str(value).split(",")]
     return list(PRESETS) if texts == ["all"] else list(dict.fromkeys(texts))
 
 
+def _mistakes(name: str, value: Any) -> Iterator[str]:
+    """What is wrong with an option whatever the others are."""
+    if name in BY_SWEEP:
+        yield f"{name}: not in an experiment; {BY_SWEEP[name]}"
+    elif name not in _names():
+        yield f"{name}: no such option; {_near(name, [n for n in _names() if n not in BY_SWEEP])}"
+    elif value == []:
+        yield f"{name}: an empty list makes an empty grid; give a value"
+    else:
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Option):
+                yield from _alone(name, one)
+            else:
+                yield f"{name} {one!r}: must be a text, a number or true or false"
+
+
 @cache
+def _names() -> tuple[str, ...]:
+    return tuple(option_names())
+
+
+@lru_cache(maxsize=None, typed=True)
 def _alone(name: str, value: Option) -> tuple[str, ...]:
-    """What is wrong with a value whatever the others are."""
     one = options_of({name: value})
     found = {k: v for k, v in problems({"trace": "demo", **one}).items() if k == name}
     return tuple(found.values())
-
-
-@cache
-def _check_capacity(trace: Path, costs: Any, scope: str, capacity: str) -> None:
-    with TraceReader(trace, Columns.experts_only()) as reader:
-        meta = reader.meta
-    sizes = shaped(costs or meta.model, meta).expert_bytes_table()
-    parse_capacity(capacity, scope, sizes, meta.experts)
 
 
 def _near(word: str, known: Sequence[str]) -> str:
@@ -288,19 +327,25 @@ def _near(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-_TABLE = re.compile(r"\s*\[(\[)?\s*([A-Za-z0-9_-]+)[^\]]*\]")
-_KEY = re.compile(r"\s*\"?([A-Za-z0-9_-]+)\"?\s*=")
+_TABLE = re.compile(r"\s*\[\[?\s*([\w-]+(?:\s*\.\s*[\w-]+)*)\s*\]\]?\s*(?:#.*)?")
+_KEY = re.compile(r"\s*(?:\"([\w-]+)\"|([\w-]+))\s*=")
 
 
 def _lines_of(text: str) -> dict[Place, int]:
     """The line of each table and key; the parser keeps none."""
     places: dict[Place, int] = {}
     table, numbers = "", {"": 0}
-    for line, content in enumerate(text.splitlines(), 1):
-        if match := _TABLE.match(content):
-            table = match[2]
-            numbers[table] = numbers.get(table, -1) + 1
+    quoted = False
+    for line, content in enumerate(text.split("\n"), 1):
+        if quoted:
+            pass
+        elif match := _TABLE.fullmatch(content):
+            table = "".join(match[1].split())
+            # A table in a grid is numbered as the grid is.
+            inside = numbers.get(table.partition(".")[0]) if "." in table else None
+            numbers[table] = numbers.get(table, -1) + 1 if inside is None else inside
             places[table, numbers[table], ""] = line
         elif match := _KEY.match(content):
-            places.setdefault((table, numbers[table], match[1]), line)
+            places.setdefault((table, numbers[table], match[1] or match[2]), line)
+        quoted ^= (content.count('"""') + content.count("'''")) % 2 == 1
     return places

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,9 @@ def run(
     """
     started = time.monotonic()
     runs = _made(out)
-    todo = passes(experiment.configurations, jobs)
     total = len(experiment.configurations)
     outcomes: dict[int, Outcome] = {}
-    for ended in (executor or local(jobs))(todo, runs):
+    for ended in (executor or local(jobs))(partial(passes, experiment.configurations), runs):
         outcomes |= {outcome.place: outcome for outcome in ended}
         progress(len(outcomes), total)
     made = rows(experiment.configurations, outcomes, runs)
@@ -89,11 +90,34 @@ def run(
 
 def _made(out: Path) -> Path:
     runs = out / RUNS
+    _tidy(out)
+    _tidy(runs)
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{runs}: cannot be written ({error.strerror or error})") from None
     return runs
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a process that was killed left half-written."""
+    for path in folder.glob(".*.tmp-*"):
+        writer = path.name.rpartition(".tmp-")[2].partition("-")[0]
+        if writer.isdecimal() and not _is_alive(int(writer)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 def _asked(experiment: Experiment) -> dict[str, Any]:

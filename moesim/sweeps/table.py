@@ -27,6 +27,8 @@ FACTS = {
     "schema": "schema",
 }
 """Column -> key of the manifest: what rows of one table must agree on, for those who draw it."""
+TEXTS = ("not_run", "folder")
+"""Columns that are texts even where they are empty."""
 
 
 def rows(
@@ -61,6 +63,10 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{key}.")
+        elif key == "interval":
+            yield from zip((f"{before}low", f"{before}high"), value, strict=True)
+        elif isinstance(value, list) and not (value and type(value[0]) is int):
+            yield f"{before}{key}", ",".join(map(str, value))
         else:
             yield f"{before}{key}", value
 
@@ -73,7 +79,8 @@ def _mark_ties(configurations: Sequence[Configuration], made: Sequence[Row], run
             alike[configuration.grid, configuration.rest, row["capacity"]].append(row)
     for some in alike.values():
         marked = [_told(row) for row in some]
-        ties.mark(marked, [_times(runs.parent / row["folder"]) for row in some])
+        times = [_times(runs.parent / row["folder"]) for row in some]
+        ties.mark(marked, times, int(some[0].get("seed", 0)))
         for row, mark in zip(some, marked, strict=True):
             row |= dict(_flat({"against_best": mark.get("against_best", {})}))
 
@@ -101,7 +108,7 @@ def write(made: Sequence[Row], path: Path) -> None:
     import pyarrow.parquet as pq
 
     names = list(dict.fromkeys(name for row in made for name in row))
-    columns = {name: _column([row.get(name) for row in made]) for name in names}
+    columns = {name: _column(name, [row.get(name) for row in made]) for name in names}
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         pq.write_table(pa.table(columns), beside, compression="zstd")
@@ -112,11 +119,13 @@ def write(made: Sequence[Row], path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _column(values: Iterable[Any]) -> Any:
+def _column(name: str, values: Iterable[Any]) -> Any:
     """Numbers where all are numbers, else texts: an option may be 25 here and "25%" there."""
     import pyarrow as pa
 
     values = list(values)
+    if all(value is None for value in values):
+        return pa.array(values, pa.string() if name in TEXTS else None)
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float}:
         return pa.array([None if value is None else float(value) for value in values])
