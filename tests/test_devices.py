@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moesim
+from moesim.cli import main
 from moesim.costs import make_costs
 from moesim.engine.exchange import Exchange
 from moesim.engine.fast import FastEngine
@@ -505,3 +506,18 @@ def test_what_is_counted_after_warming_is_alike_on_several_devices() -> None:
     ]
     assert told[0] == told[1]
     assert told[0]["accesses"] == told[0]["hits"] + told[0]["late_hits"] + told[0]["misses"] > 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan --trace demo --budget 12MB --out plan.toml",
+        "real run --trace demo",
+        "real quality --model demo --policy swapmoe --capacity 50%",
+    ],
+)
+def test_what_knows_one_device_refuses_a_machine_of_several(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line.split(), "--hardware", "rtx3090x6"]) == 2
+    assert "has 6 devices" in capsys.readouterr().err

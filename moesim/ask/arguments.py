@@ -25,6 +25,23 @@ def hardware(args: argparse.Namespace) -> HardwareProfile:
     return hardware.with_bandwidth(_rate(args.bandwidth, "--bandwidth"))
 
 
+def one_device(args: argparse.Namespace) -> HardwareProfile:
+    """``hardware``, for what knows one device.
+
+    Raises
+    ------
+    UsageError
+        For a profile of several.
+    """
+    machine = hardware(args)
+    if machine.devices > 1:
+        raise UsageError(
+            f"--hardware {args.hardware}: has {machine.devices} devices, and this command knows "
+            "one; name a profile of one"
+        )
+    return machine
+
+
 def tiered(args: argparse.Namespace) -> HardwareProfile:
     """``hardware`` with ``--ssd`` applied, which ``--dram`` alone gives a meaning."""
     machine = hardware(args)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.ask.arguments import (
     add_one_policy,
-    hardware,
     initial,
+    one_device,
     path,
     positive,
     refuse_beside_plan,
@@ -187,7 +187,7 @@ def _asked(args: argparse.Namespace) -> Prompted:
         plan=plan,
         settings=tuple(args.set),
         scope=args.scope,
-        hardware=hardware(args),
+        hardware=one_device(args),
         paced=args.bandwidth is not None,
         calibration=args.calibration,
         initial=kind,

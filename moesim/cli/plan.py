@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.ask.arguments import hardware, path, positive, seed, words
+from moesim.ask.arguments import one_device, path, positive, seed, words
 from moesim.cli.quality import add_text, ready, wanted
 from moesim.errors import UsageError
 
@@ -251,7 +251,7 @@ def _request(args: argparse.Namespace) -> Request:
     real = args.runs == "real"
     return Request(
         trace=trace_path(args.trace),
-        hardware=hardware(args),
+        hardware=one_device(args),
         budget_bytes=sizes[0] if sizes else 0,
         more_budgets=sizes[1:],
         shares=shares,

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.ask.arguments import add_one_policy, hardware, path, positive, seed, words
+from moesim.ask.arguments import add_one_policy, one_device, path, positive, seed, words
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _options(args: argparse.Namespace, **more: Any) -> Options:
         "settings": tuple(args.set),
         "scope": args.scope,
         "calibration": args.calibration,
-        "hardware": hardware(args),
+        "hardware": one_device(args),
         "paced": args.bandwidth is not None,
         "seed": args.seed,
     }

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.ask.arguments import (
     add_one_policy,
-    hardware,
     initial,
+    one_device,
     path,
     positive,
     refuse_beside_plan,
@@ -271,7 +271,7 @@ def _what(args: argparse.Namespace) -> Request:
         settings = (*plan.settings, *settings)
     return Request(
         trace=trace,
-        hardware=hardware(args),
+        hardware=one_device(args),
         policy=_one(policy, "--policy"),
         capacity=_one(capacity, "--capacity"),
         settings=settings,
