@@ -40,8 +40,8 @@ def start(shop: Workshop) -> Iterator[Figure]:
     jobs = {"--help": ((*MOESIM, "--help"), 0.4), "second replay of the sample": (DEMO, 2.0)}
     for case, (command, most_s) in jobs.items():
         shop.say(f"start: {case}")
-        _wall_ns(shop, command)
-        sides = {"whole": partial(_wall_ns, shop, command), "python": partial(_wall_ns, shop, BARE)}
+        wall_ns(shop, command)
+        sides = {"whole": partial(wall_ns, shop, command), "python": partial(wall_ns, shop, BARE)}
         taken = interleave(shop.settings.repeats, sides)
         yield Figure(
             benchmark="start",
@@ -62,7 +62,7 @@ def compile_all(shop: Workshop) -> Iterator[Figure]:
         with tempfile.TemporaryDirectory(dir=shop.folder) as cache:
             where = {"MOESIM_CACHE": cache}
             for kind in samples:
-                samples[kind].append(_wall_ns(shop, EVERYTHING, where))
+                samples[kind].append(wall_ns(shop, EVERYTHING, where))
             kept_bytes = sum(p.stat().st_size for p in Path(cache).rglob("*") if p.is_file())
     both = zip(samples["cold"], samples["warm"], strict=True)
     yield Figure(
@@ -83,7 +83,8 @@ def _seconds(taken_ns: Sequence[int]) -> Samples:
     return Samples(tuple(ns / 1e9 for ns in taken_ns))
 
 
-def _wall_ns(shop: Workshop, command: Sequence[str], more: Mapping[str, str] | None = None) -> int:
+def wall_ns(shop: Workshop, command: Sequence[str], more: Mapping[str, str] | None = None) -> int:
+    """Of a process that succeeds; else ChildError."""
     started = time.perf_counter_ns()
     child = subprocess.run(
         command,

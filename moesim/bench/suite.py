@@ -16,6 +16,7 @@ from moesim.bench.maps import maps
 from moesim.bench.measure import machine, one_core
 from moesim.bench.processes import compile_all, memory, start
 from moesim.bench.record import record
+from moesim.bench.sweeping import sweep
 from moesim.bench.workshop import Settings, Workshop
 from moesim.errors import NotRunError, UsageError
 
@@ -48,6 +49,7 @@ BENCHMARKS = (
     Benchmark("memory", memory, quick=False),
     Benchmark("maps", maps, quick=False),
     Benchmark("record", record, quick=False),
+    Benchmark("sweep", sweep, quick=False),
 )
 
 

@@ -38,6 +38,7 @@ class Settings:
     head_tokens : what the slow sides run: the reference engine, plain Python.
     scale_accesses : in each of the two traces of ``scale``.
     memory_bytes : decoded rows of the trace of ``memory``.
+    configurations : of ``sweep``, rounded to whole grids.
     """
 
     trace: Path | None = None
@@ -48,6 +49,7 @@ class Settings:
     head_tokens: int = 2_000
     scale_accesses: int = 480_000
     memory_bytes: int = 256 << 20
+    configurations: int = 1_000
 
 
 class Workshop:

@@ -64,6 +64,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--memory-size", metavar="SIZE", help="decoded rows of the trace of memory [256MiB]"
     )
     group.add_argument(
+        "--configurations", type=int, metavar="N", help="configurations of sweep [1000]"
+    )
+    group.add_argument(
         "--repeats", type=int, metavar="N", help="rounds, in each of which every side runs once [5]"
     )
     group.add_argument(
@@ -101,7 +104,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     from moesim.traces.samples import trace_path
 
     given: dict[str, Any] = {}
-    for name in ("limit", "tokens", "head_tokens", "scale_accesses", "repeats"):
+    whole = ("limit", "tokens", "head_tokens", "scale_accesses", "configurations", "repeats")
+    for name in whole:
         value = getattr(args, name)
         if value is not None and value < 1:
             option = "--" + name.replace("_", "-")
@@ -182,5 +186,6 @@ def _amount(value: float, unit: str) -> str:
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     if unit.endswith("/s"):
-        return f"{value / 1e6:,.3g} M/s" if value >= 1e6 else f"{value / 1e3:,.3g} k/s"
+        scale, letter = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e3 else (1, "")
+        return f"{value / scale:,.3g} {letter}/s"
     return f"{value:.3g} {unit.partition('/')[0]}"
