@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesim.bench import processes
+from moesim.bench import processes, sweeping
 from moesim.bench.engines import kept
 from moesim.bench.feed import Recording, read, spec_of
 from moesim.bench.figures import Beside, Figure, Promise, Samples
@@ -361,6 +361,16 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
 def test_without_names_the_quick_ones_run() -> None:
     assert [b.name for b in chosen([])] == [b.name for b in BENCHMARKS if b.quick]
     assert chosen(["all"]) == list(BENCHMARKS)
+
+
+def test_sweeps_of_one_worker_and_of_two_must_give_one_table(
+    bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweeping, "SHARES", ("50%",))
+    (figure,) = bench("sweep", "--configurations", "4")["figures"]
+    assert figure["facts"] == {"configurations": 5, "workers": 2}
+    assert figure["reference"]["name"] == "one worker" and figure["promise"] == {"at_least": 1.8}
     assert [b.name for b in chosen(["start", "lru"])] == ["lru", "start"]
     with pytest.raises(UsageError, match="did you mean memory"):
         chosen(["memroy"])

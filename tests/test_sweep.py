@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from moesim.cli import main
 from moesim.result import RunStore
 from moesim.sweeps import read_experiment
-from moesim.sweeps.experiment import Configuration, ExperimentError
+from moesim.sweeps.experiment import SHIPPED, Configuration, ExperimentError
 from moesim.sweeps.passes import MOST, passes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +193,26 @@ def test_options_from_outside_replace_those_of_the_file(sweep: Said) -> None:
     assert {(r["limit"], r["batch"], r["capacity"]) for r in rows} == {(1, 1, "50%"), (1, 2, "50%")}
     assert {r["set"] for r in rows} == {"prefetch=next-gate,keep=lfu"}
     assert all(r["prefetch.planned"] and r["requests"] == 1 and r["check"] for r in rows)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("smoke", [False, True], ids=["whole", "smoke"])
+def test_a_shipped_experiment_has_no_mistake(path: Path, smoke: bool) -> None:
+    found = read_experiment(path, smoke=smoke).configurations
+    assert found and all(c.options["trace"] for c in found)
+
+
+def test_the_online_setting_of_finemoe_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six configurations: five systems, and ProMoE, which waits for predictors."""
+    words = ("--with", "requests=3", "--jobs", "1", "--out", str(tmp_path))
+    assert main(["sweep", "finemoe-online", *words]) == 0
+    rows = table(tmp_path)
+    assert [r["policy"] for r in rows if r["not_run"]] == ["promoe"]
+    served = [r for r in rows if not r["not_run"]]
+    assert len(served) == 5 and {r["serving.arrived"] for r in served} == {3}
+    assert {r["initial"] for r in served} <= {"cold", "policy"}
 
 
 def test_smoke_replaces_in_all_grids_and_in_one(here: Path) -> None:
