@@ -86,8 +86,8 @@ def initial(text: str | None) -> tuple[str, tuple[ExpertId, ...]]:
     return "file", tuple(experts)
 
 
-def add_one_policy(group: argparse._ArgumentGroup) -> None:
-    """What a run of one policy is told beside its name."""
+def add_set(group: argparse._ArgumentGroup) -> None:
+    """``--set``."""
     group.add_argument(
         "--set",
         action="append",
@@ -95,6 +95,49 @@ def add_one_policy(group: argparse._ArgumentGroup) -> None:
         metavar="SEAT=NAME",
         help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
     )
+
+
+def add_allow(group: argparse._ArgumentGroup) -> None:
+    """``--allow``."""
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="INPUT=HOW",
+        help="a stand-in for what the trace lacks: gate=topk, embedding=none, norms=unit, "
+        "prefill=decode, ahead=recall:0.8@SEED",
+    )
+
+
+def add_seed(group: argparse._ArgumentGroup) -> None:
+    """``--seed``."""
+    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+
+
+def add_past(group: argparse._ArgumentGroup) -> None:
+    """What policies learn from, and what is there at the start."""
+    group.add_argument(
+        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from instead"
+    )
+    group.add_argument(
+        "--initial",
+        metavar="STATE",
+        help="cold; static, the most used, or policy, what it asks for (loads charged); or a JSON "
+        "file of expert ids (free) [by policy]",
+    )
+
+
+def add_compute(group: argparse._ArgumentGroup) -> None:
+    """Where a real run computes."""
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
+
+
+def add_one_policy(group: argparse._ArgumentGroup) -> None:
+    """What a run of one policy is told beside its name."""
+    add_set(group)
     group.add_argument(
         "--capacity",
         default="25%",

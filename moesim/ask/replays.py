@@ -11,8 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from moesim.ask.arguments import (
+    add_allow,
+    add_past,
+    add_seed,
+    add_set,
+    path,
+    positive,
+    refuse_beside_plan,
+)
 from moesim.ask.arguments import initial as initial_of
-from moesim.ask.arguments import path, positive, refuse_beside_plan, seed
 from moesim.ask.arguments import tiered as hardware_of
 from moesim.ask.arguments import words as words_of
 from moesim.ask.serving import add_serving, serving_of
@@ -40,13 +48,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="policy, may repeat or take commas; all [lru]",
     )
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SEAT=NAME",
-        help="swap a seat (prefetch=next-gate) or set a parameter (keep.gamma=0.9)",
-    )
+    add_set(group)
     group.add_argument(
         "--capacity",
         action="append",
@@ -64,30 +66,15 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--scope", choices=("global", "layer"), default="global", help="one cache, or one a layer"
     )
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N requests")
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="INPUT=HOW",
-        help="a stand-in for what the trace lacks: gate=topk, embedding=none, norms=unit, "
-        "prefill=decode, ahead=recall:0.8@SEED",
-    )
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_allow(group)
+    add_seed(group)
     group.add_argument(
         "--split",
         metavar="HOW",
         help="serve the test requests alone; policies learn from the others: marked (as the trace "
         "says), or shares such as 7:3",
     )
-    group.add_argument(
-        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from instead"
-    )
-    group.add_argument(
-        "--initial",
-        metavar="STATE",
-        help="cold; static, the most used, or policy, what it asks for (loads charged); or a JSON "
-        "file of expert ids (free) [by policy]",
-    )
+    add_past(group)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ def sweep(shop: Workshop) -> Iterator[Figure]:
     if (os.cpu_count() or 1) < WORKERS:
         raise NotRunError(f"needs {WORKERS} cores")
     experiment, count = _experiment(shop)
-    sides = {"one": ("--jobs", "1"), "two": ("--jobs", str(WORKERS))}
+    sides: dict[str, tuple[str, ...]] = {"one": ("--jobs", "1"), "two": ("--jobs", str(WORKERS))}
     if find_spec("ray") is not None:
         sides["ray"] = ("--jobs", str(WORKERS), "--executor", "ray")
     timed = _Timed(shop, experiment)

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from moesim.ask.arguments import path, positive, seed, words
+from moesim.ask.arguments import add_allow, add_compute, add_seed, path, positive, words
 from moesim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,24 +76,16 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cut each request after N decoded tokens [7]",
     )
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="INPUT=HOW",
-        help="a stand-in for what the trace lacks, as in `moesim replay`",
-    )
+    add_allow(group)
     group.add_argument(
         "--repeats", type=positive, default=7, metavar="N", help="of each measurement [7]"
     )
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_seed(group)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
-    )
+    add_compute(group)
     group.add_argument(
         "--hardware",
         type=path,
@@ -106,7 +98,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="of the link that is made, e.g. 3GB/s [such that stall is about half of the time; "
         "on CUDA the device's own]",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
     group.add_argument("--ram", metavar="SIZE", help="what the banks may take [what is free]")
     group.add_argument(
         "--watchdog",

@@ -8,13 +8,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from moesim.ask.arguments import (
+    add_compute,
     add_one_policy,
+    add_past,
+    add_seed,
     initial,
     one_device,
     path,
     positive,
     refuse_beside_plan,
-    seed,
     words,
 )
 from moesim.errors import NotRunError, UsageError
@@ -82,22 +84,13 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="policy, capacity of each layer and first set as `moesim plan` wrote them",
     )
-    group.add_argument(
-        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from"
-    )
-    group.add_argument(
-        "--initial",
-        metavar="STATE",
-        help="cold, static or policy (loads charged), or a JSON file of ids (free) [by policy]",
-    )
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_past(group)
+    add_seed(group)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
-    )
+    add_compute(group)
     group.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16"),
@@ -116,7 +109,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="profile of the link's chunks and latency [rtx4090]",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
     group.add_argument(
         "--watchdog",
         type=positive,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.ask.arguments import one_device, path, positive, seed, words
+from moesim.ask.arguments import add_seed, one_device, path, positive, words
 from moesim.cli.quality import add_text, ready, wanted
 from moesim.errors import UsageError
 
@@ -84,7 +84,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chunk-tokens", type=positive, metavar="N", help="serve prefills in chunks of N tokens"
     )
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_seed(group)
     group.add_argument(
         "--threads", type=positive, metavar="N", help="of --runs real, that compute [cores - 1]"
     )

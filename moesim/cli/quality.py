@@ -8,7 +8,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesim.ask.arguments import add_one_policy, one_device, path, positive, seed, words
+from moesim.ask.arguments import (
+    add_compute,
+    add_one_policy,
+    add_seed,
+    one_device,
+    path,
+    positive,
+    words,
+)
 from moesim.errors import NotRunError, UsageError
 
 if TYPE_CHECKING:
@@ -111,9 +119,8 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
-    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_compute(group)
+    add_seed(group)
     group.add_argument(
         "--free-clock",
         action="store_true",

@@ -8,7 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moesim.ask.arguments import (
+    add_allow,
+    add_compute,
     add_one_policy,
+    add_past,
+    add_seed,
     initial,
     one_device,
     path,
@@ -141,35 +145,19 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chunk-tokens", type=positive, metavar="N", help="serve prefills in chunks of N tokens"
     )
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="INPUT=HOW",
-        help="a stand-in for what the trace lacks, as in `moesim replay`",
-    )
-    group.add_argument("--seed", type=seed, default=0, help="of every random choice [0]")
+    add_allow(group)
+    add_seed(group)
     group.add_argument(
         "--split",
         metavar="HOW",
         help="serve the test requests alone, as in `moesim replay`",
     )
-    group.add_argument(
-        "--calibration", type=path, metavar="TRACE", help="trace that policies learn from instead"
-    )
-    group.add_argument(
-        "--initial",
-        metavar="STATE",
-        help="cold; static, the most used, or policy, what it asks for (loads charged); or a JSON "
-        "file of expert ids (free) [by policy]",
-    )
+    add_past(group)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute [cpu]"
-    )
+    add_compute(group)
     group.add_argument(
         "--costs", metavar="MODEL", help="experts of another model's size than the one recorded"
     )
@@ -184,7 +172,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="profile of the link's chunks and latency, and of what is simulated beside [rtx4090]",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="that compute [cores - 1]")
     group.add_argument(
         "--ram", metavar="SIZE", help="what the banks may take, e.g. 8GB [what is free]"
     )
