@@ -252,3 +252,52 @@ def test_a_mistake_is_one_line(
     err = capsys.readouterr().err
     assert told in err
     assert "Traceback" not in err
+
+
+def test_layers_of_sliding_attention_hold_no_more_than_their_window() -> None:
+    model, hardware = load_model("gpt-oss-20b"), load_hardware("h200")
+    per_token, windows = model.kv_bytes_table(), model.kv_window_table()
+    assert windows.any()
+    counted = sum(
+        int(nbytes) * (min(int(window), 10_000) if window else 10_000)
+        for nbytes, window in zip(per_token, windows, strict=True)
+    )
+    assert room(model, hardware, 10_000, 3, None).kv_bytes == 3 * counted
+
+
+def test_several_devices_hold_several_parts_and_each_at_least_one_expert() -> None:
+    model, hardware = load_model("mixtral-8x7b"), load_hardware("rtx4090")
+    one, two = (room(model, hardware, 1000, 1, None, devices) for devices in (1, 2))
+    assert two.left_bytes == 2 * one.left_bytes
+    assert room(model, load_hardware("rtx3090x6"), 1000, 1, None).devices == 6
+    largest = int(model.expert_bytes_table().max())
+    with pytest.raises(UsageError, match="a device"):
+        room(model, hardware, 1000, 1, 2 * largest - 1, devices=2)
+
+
+def test_no_point_of_the_curve_has_less_than_an_expert() -> None:
+    assert sizes(1000, 1000, (5, 10, 25), least_bytes=100) == ["10%", "25%", "100%"]
+
+
+def test_times_that_are_off_by_all_of_them_say_nothing(tmp_path: Path) -> None:
+    head = "configuration,origin,repeat,request,ttft_ns,tpot_ns,stall_ns\n"
+    rows = "0,simulated,0,0,9,9,1\n0,measured,0,0,1,1,1\n"
+    (tmp_path / "requests.csv").write_text(head + rows)
+    with pytest.raises(UsageError, match="tells nothing"):
+        read_trust(tmp_path)
+
+
+def test_the_link_that_is_short_is_judged_by_all_requests_as_the_curve_was() -> None:
+    longer = replace(ASKED, limit=10)
+    curve = asked(request=longer, policies=("lru",))["curve"]
+    most_ns = round(curve[-1]["tpot"]["expected"]["mean"]) - 1000
+    answer = asked(request=longer, policies=("lru",), targets=(Target("tpot", "mean", most_ns),))
+    link = answer["shortages"][-1]
+    assert (link["resource"], link["factor"] > 1.0) == ("link", True)
+
+
+def test_a_link_without_limit_is_json_and_breaks_even() -> None:
+    free = replace(ASKED, hardware=ASKED.hardware.with_bandwidth(float("inf")))
+    answer = asked(request=free, policies=("lru",))
+    json.dumps(answer, allow_nan=False)
+    assert answer["break_even"]["bytes_per_s"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from math import isinf
 from typing import Any
 
 from moesim.advice.curve import (
@@ -20,6 +21,7 @@ from moesim.advice.question import Question, Target
 from moesim.advice.room import Room, longest_context, room
 from moesim.advice.trust import SHIPPED, Trust, read_trust, variants
 from moesim.advice.verdict import knee, least_factor, meets, recommended
+from moesim.errors import UsageError
 from moesim.policies.presets import PRESETS
 from moesim.profile import ModelProfile
 from moesim.replays import Progress, replay
@@ -67,11 +69,13 @@ class _Adviser:
             self.context,
             self.request.batch,
             question.budget_bytes,
+            self.request.devices,
         )
 
     def answer(self) -> dict[str, Any]:
         policies, not_run = self._finalists()
         points = self._curve(policies, self.room.most_bytes)
+        self._refuse_targets_of_nothing(points)
         best = recommended(points, self.question.targets)
         shown = points[-1] if best is None else best
         bend = knee(points)
@@ -94,15 +98,31 @@ class _Adviser:
             "not_run": not_run,
         }
 
+    def _refuse_targets_of_nothing(self, points: Sequence[Point]) -> None:
+        for target in self.question.targets:
+            if all(p.of(target.metric, target.statistic, "expected") is None for p in points):
+                raise UsageError(
+                    f"--slo {target.metric}: no request of {self.request.trace} has it (all have "
+                    "one output token); ask for ttft"
+                )
+
+    @property
+    def _least_bytes(self) -> int:
+        """An expert for each device."""
+        return int(self.model.expert_bytes_table().max()) * self.room.devices
+
+    def _sizes(self, most_bytes: int, shares: Sequence[int]) -> list[str]:
+        return sizes(self.room.expert_bytes, most_bytes, shares, self._least_bytes)
+
     def _finalists(self) -> tuple[list[str], list[dict[str, Any]]]:
         policies = self.question.policies or tuple(PRESETS)
-        trials = sizes(self.room.expert_bytes, self.room.most_bytes, TRIAL_SHARES)
+        trials = self._sizes(self.room.most_bytes, TRIAL_SHARES)
         trials = trials[:-1] or trials
         with self.stage("first round") as tick:
             return finalists(self.request, policies, trials, self.question.finalists, tick)
 
     def _curve(self, policies: Sequence[str], most_bytes: int) -> list[Point]:
-        capacities = sizes(self.room.expert_bytes, most_bytes, SHARES)
+        capacities = self._sizes(most_bytes, SHARES)
         others = variants(self.request.hardware)
         with self.stage("latency against memory") as tick:
             return curve(self.request, policies, capacities, others, self.trust, tick)
@@ -122,13 +142,19 @@ class _Adviser:
             "of": f"{point.policy} at {point.capacity}",
             "all_resident_tpot_ns": roof["tpot_ns"]["mean"],
             "factor": factor,
-            "bytes_per_s": None if factor is None else rate * factor,
+            "bytes_per_s": None if factor is None or isinf(rate) else rate * factor,
         }
 
     def _alone(
-        self, policy: str, capacity: str, factor: float, tick: Progress, initial: str = ""
+        self,
+        policy: str,
+        capacity: str,
+        factor: float,
+        tick: Progress,
+        initial: str = "",
+        most: int | None = TRIAL_REQUESTS,
     ) -> dict[str, Any]:
-        """One run of a few requests with a link so much faster."""
+        """One run with a link so much faster, of ``most`` requests; None: of all asked for."""
         request = self.request
         rate = request.hardware.link.bytes_per_s * factor
         hardware = request.hardware if factor == 1.0 else request.hardware.with_bandwidth(rate)
@@ -137,7 +163,7 @@ class _Adviser:
             hardware=hardware,
             policies=(policy,),
             capacities=(capacity,),
-            limit=min(request.limit or TRIAL_REQUESTS, TRIAL_REQUESTS),
+            limit=request.limit if most is None else min(request.limit or most, most),
             initial=initial or request.initial,
         )
         run: dict[str, Any] = replay(asked, tick)["runs"][0]
@@ -149,7 +175,7 @@ class _Adviser:
         """Why no setting meets the targets: the device itself, its memory, its link."""
         targets = self.question.targets
         with self.stage("what is short") as tick:
-            roof = self._alone("lru", "100%", 1.0, tick, initial="static")
+            roof = self._alone("lru", "100%", 1.0, tick, initial="static", most=None)
         slow = [t for t in targets if (t.of(roof) or 0) > t.most_ns]
         if slow:
             return [_too_slow(target, roof) for target in slow]
@@ -162,8 +188,8 @@ class _Adviser:
             return None
         short = found.capacity_bytes - self.room.most_bytes
         text = (
-            f"memory is short by {short / 1e9:.2f} GB: {found.policy} would meet it with "
-            f"{found.capacity_bytes / 1e9:.2f} GB for experts ({found.share:.0%} of them)"
+            f"memory is short by up to {short / 1e9:.2f} GB: {found.policy} is expected to meet it "
+            f"with {found.capacity_bytes / 1e9:.2f} GB for experts ({found.share:.0%} of them)"
         )
         return _Shortage("memory", found.capacity_bytes / self.room.most_bytes, text)
 
@@ -172,7 +198,7 @@ class _Adviser:
         rate = self.request.hardware.link.bytes_per_s
 
         def does(factor: float) -> bool:
-            run = self._alone(point.policy, point.capacity, factor, tick)
+            run = self._alone(point.policy, point.capacity, factor, tick, most=None)
             return all((t.of(run) or 0) <= t.most_ns for t in targets)
 
         with self.stage("what link would do") as tick:
@@ -181,8 +207,9 @@ class _Adviser:
             text = f"no link would do with {point.policy} at {point.capacity}"
         else:
             text = (
-                f"the link is short by {factor:.1f} times: {point.policy} at {point.capacity} "
-                f"would meet it at {rate * factor / 1e9:.0f} GB/s, and it has {rate / 1e9:.0f}"
+                f"the link is short by {factor:.2f} times: {point.policy} at {point.capacity} is "
+                f"expected to meet it at {rate * factor / 1e9:.1f} GB/s, and it has "
+                f"{rate / 1e9:.1f}"
             )
         return _Shortage("link", factor, text)
 

@@ -14,7 +14,7 @@ from moesim.replays import Progress, Request, replay
 
 SHARES = (5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 90, 100)
 """Per cent of all experts: the points of the curve."""
-TRIAL_SHARES = (10, 25, 50)
+TRIAL_SHARES = (10, 40)
 """Where candidates are compared before the curve is drawn."""
 TRIAL_REQUESTS = 8
 FLOOR = "lru"
@@ -53,10 +53,13 @@ class Point:
         return {**asdict(self), "ties": list(self.ties)}
 
 
-def sizes(expert_bytes: int, most_bytes: int, shares: Iterable[int]) -> list[str]:
-    """Capacities up to ``most_bytes``, as typed; the last one takes all of it."""
-    most_bytes = min(most_bytes, expert_bytes)
-    below = [f"{share}%" for share in shares if share * expert_bytes < 100 * most_bytes]
+def sizes(
+    expert_bytes: int, most_bytes: int, shares: Iterable[int], least_bytes: int = 0
+) -> list[str]:
+    """Capacities from ``least_bytes`` to ``most_bytes``, as typed; the last takes all of it."""
+    most_bytes, least = min(most_bytes, expert_bytes), 100 * least_bytes
+    wanted = (s for s in shares if least <= s * expert_bytes < 100 * most_bytes)
+    below = [f"{share}%" for share in wanted]
     return [*below, "100%" if most_bytes >= expert_bytes else f"{most_bytes}B"]
 
 
@@ -107,9 +110,12 @@ def curve(
     asked = replace(request, policies=policies, capacities=capacities)
     answer = replay(asked, tick)
     whole = answer["diagnostics"][0]["all_expert_bytes"]
+    ranked = _by_capacity(usable(answer["runs"]))
+    # Only of the quickest the band is told.
+    asked = replace(asked, policies=tuple(dict.fromkeys(runs[0]["policy"] for runs in ranked)))
     either = [_by_name(replay(replace(asked, hardware=h), tick)["runs"]) for h in others]
     points = []
-    for runs in _by_capacity(usable(answer["runs"])):
+    for runs in ranked:
         best = runs[0]
         ties = tuple(r["policy"] for r in runs[1:] if r.get("against_best", {}).get("tie"))
         name = (best["policy"], best["capacity"])

@@ -63,7 +63,13 @@ def read_trust(folder: Path) -> Trust:
     if not rows or not set(rows[0]) >= _COLUMNS:
         raise UsageError(f"--validation {path}: lacks columns; write it with `moesim validate`")
     tpot, ttft = (_errors(rows, f"{metric}_ns", path) for metric in ("tpot", "ttft"))
-    return Trust(_decile(tpot), _decile(ttft), len(tpot), folder.name)
+    trust = Trust(_decile(tpot), _decile(ttft), len(tpot), folder.name)
+    if max(trust.tpot, trust.ttft) >= 1.0:
+        raise UsageError(
+            f"--validation {path}: simulated times are off by as much as the measured ones, which "
+            "tells nothing; calibrate the machine and run it anew"
+        )
+    return trust
 
 
 def _decile(errors: Iterable[float]) -> float:

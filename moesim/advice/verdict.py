@@ -9,7 +9,7 @@ from moesim.advice.question import Target
 
 WORTH = 0.05
 """Memory that makes decoding no more than this share quicker is not worth having."""
-TURNS = 12
+TURNS = 10
 WIDEST = 1024.0
 """A link this much faster is as good as one without limit."""
 
@@ -69,7 +69,8 @@ def knee(points: Sequence[Point]) -> Point | None:
 def least_factor(does: Callable[[float], bool], most: float = WIDEST) -> float | None:
     """The least factor from 1 to ``most`` with which ``does`` holds, to a few per cent; None: none.
 
-    ``does`` must hold of all larger factors as well.
+    Whatever is returned, ``does`` has been seen to hold of it. That it is the least rests on
+    ``does`` holding of all larger factors as well.
     """
     if does(1.0):
         return 1.0

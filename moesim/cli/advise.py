@@ -84,6 +84,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--batch", type=_positive, default=1, help="requests in a static batch [1]")
     group.add_argument(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="devices that share the experts out [as --hardware says]",
+    )
+    group.add_argument(
         "--limit", type=_positive, default=32, metavar="N", help="only the first N requests [32]"
     )
     group.add_argument(
@@ -147,6 +153,7 @@ def _request(args: argparse.Namespace) -> Request:
         hardware=_hardware(args),
         costs=None if args.model is None else load_model(args.model),
         batch=args.batch,
+        devices=args.devices or 0,
         share=None if args.split is None else Share(parse_split(args.split)),
         allowed=parse_allowed(args.allow),
         limit=args.limit,
@@ -177,11 +184,16 @@ def _head(answer: dict[str, Any]) -> list[str]:
     return [
         f"{answer['model']} on {answer['hardware']} ({answer['hardware_source']}), routing of "
         f"{Path(answer['trace']).name}",
-        f"device memory {_gb(memory['device_bytes'])}: reserved {_gb(memory['reserved_bytes'])}, "
-        f"weights beside experts {_gb(memory['weights_bytes'])}, KV cache of "
+        f"device memory {_gb(memory['device_bytes'])}{_each(memory)}: reserved "
+        f"{_gb(memory['reserved_bytes'])}, weights beside experts "
+        f"{_gb(memory['weights_bytes'])}, KV cache of "
         f"{answer['context_tokens']} tokens {_gb(memory['kv_bytes'])}; experts "
         f"{_gb(memory['expert_bytes'])}, and may have {_gb(memory['most_bytes'])}",
     ]
+
+
+def _each(memory: dict[str, Any]) -> str:
+    return f" on each of {memory['devices']} devices" if memory["devices"] > 1 else ""
 
 
 def _row(point: dict[str, Any], answer: dict[str, Any]) -> list[str]:
@@ -214,17 +226,18 @@ def _verdict(answer: dict[str, Any]) -> list[str]:
             f"ms a token expected, {_ms(best['tpot']['low']['mean'])} to "
             f"{_ms(best['tpot']['high']['mean'])} likely{_why(answer)}."
         )
-    even = answer["break_even"]
-    lines.append(
-        f"Break-even of {even['of']}: "
-        + (
-            "no link makes it as quick as all resident."
-            if even["factor"] is None
-            else f"{even['bytes_per_s'] / 1e9:.0f} GB/s ({even['factor']:.1f} times this link) "
-            "would bring it within a tenth of all resident."
-        )
+    return [*lines, f"Break-even of {answer['break_even']['of']}: {_even(answer['break_even'])}"]
+
+
+def _even(even: dict[str, Any]) -> str:
+    if even["factor"] is None:
+        return "no link makes it as quick as all resident."
+    if even["bytes_per_s"] is None:
+        return "a link without limit makes it as quick as all resident."
+    return (
+        f"{even['bytes_per_s'] / 1e9:.0f} GB/s ({even['factor']:.1f} times this link) would bring "
+        "it within a tenth of all resident."
     )
-    return lines
 
 
 def _why(answer: dict[str, Any]) -> str:
@@ -254,14 +267,21 @@ def _caveats(answer: dict[str, Any]) -> list[str]:
         + (
             ""
             if answer["hardware_source"] == "measured"
-            else "; and nobody measured this machine: rates times 0.8 to 1.25"
-        ),
+            else "; and nobody measured this machine: its rates times 0.8 or 1.25, by assumption"
+        )
+        + _beyond(answer),
         "= cannot be told from the policy before it (95 % bootstrap over requests)",
     ]
     refused = sorted({run["policy"] for run in answer["not_run"]})
     if refused:
         lines.append(f"not run (`moesim replay --policy NAME` says why): {', '.join(refused)}")
     return lines
+
+
+def _beyond(answer: dict[str, Any]) -> str:
+    """What the band takes for granted."""
+    named = sorted({t["statistic"] for t in answer["targets"]} - {"mean"})
+    return f"; {' and '.join(named)} are taken to be off by as much" if named else ""
 
 
 def _gb(nbytes: int) -> str:
