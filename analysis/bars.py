@@ -15,13 +15,17 @@ PARTS = {
     "sync": ("routing to the host", "#b7bcc7"),
     "plan": ("policy", "#e9c46a"),
     "stall": ("waiting for loads", "#e76f51"),
+    "exchange": ("between devices", "#8d5a97"),
 }
 """Parts of a run's time, in the order of the bar; what they are called, and their colour. They
 grow lighter towards the middle, so that neighbours differ in grey as well."""
 
 
 def time_bars(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """A bar for each summary: its time over its output tokens, in ms, by what it went into."""
+    """A bar for each summary: its time over its output tokens, in ms, by what it went into.
+
+    What came before the first request, and waiting for requests to arrive, is no part of it.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(runs)), layout="constrained")

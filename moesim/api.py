@@ -3,13 +3,14 @@
 >>> import moesim
 >>> r = moesim.replay("demo", policy="finemoe", capacity=0.25, limit=2)
 >>> round(r.summary["hit_rate"], 2)
-0.26
+0.54
 >>> r.requests  # a DataFrame, one row a request
 >>> r.plot()  # matplotlib
 
 Options are those of ``moesim replay`` with underscores; a list asks for several. Everything else is
 ``moesim.call("advise", trace="demo", slo="tpot=50ms")``: the object that the command prints with
-``--json``.
+``--json``. ``call`` catches what is printed for the whole process, so call from one thread at a
+time; nothing here promises to be safe in several.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ class Replay:
         return [run for run in self.runs if "not_run" not in run]
 
     def plot(self) -> Figure:
-        """Where the time of an output token goes, a bar a run; bounds and lossy runs are named."""
+        """Where the time of an output token goes, a bar a run; bounds and lossy runs are named.
+
+        Time before the first request and between arrivals is no part of a bar.
+        """
         from moesim.analysis.bars import time_bars
 
         return time_bars(self._ran)
@@ -157,7 +161,9 @@ def call(*words: str, **options: One | Sequence[One]) -> Any:
         try:
             with redirect_stderr(complained):
                 args = parser().parse_args(line)
-        except SystemExit:
+        except SystemExit as ended:
+            if not ended.code:  # --help, --version
+                return said.getvalue()
             raise UsageError(_told(complained.getvalue())) from None
         if hasattr(args, "json"):
             args.json = True

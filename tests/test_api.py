@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -104,6 +105,36 @@ def test_any_command_can_be_called(tmp_path: Path) -> None:
         moesim.call("trace", "check")
     with pytest.raises(MoesimError, match="no such file"):
         moesim.call("trace", "check", str(tmp_path / "none"))
+
+
+def test_help_and_version_are_text_and_no_mistake() -> None:
+    assert moesim.call("--version") == f"moesim {moesim.__version__}\n"
+    assert "--capacity" in moesim.call("replay", "--help")
+
+
+def test_the_number_in_the_docstring_is_the_one_found() -> None:
+    made = moesim.replay("demo", policy="finemoe", capacity=0.25, limit=2)
+    told = (moesim.api.__doc__ or "").split("hit_rate")[1].splitlines()[1]
+    assert float(told) == round(made.summary["hit_rate"], 2)
+
+
+def test_bars_of_several_devices_hold_the_exchange_between_them() -> None:
+    pytest.importorskip("matplotlib")
+    made = moesim.replay("demo", limit=1, hardware="rtx3090x6", capacity="50%")
+    times, tokens = made.summary["times_ns"], made.summary["output_tokens"]
+    (bars,) = [made.plot().axes[0].patches]
+    counted = sum(ns for part, ns in times.items() if part not in ("initial", "idle"))
+    assert times["exchange"] > 0
+    assert sum(b.get_width() for b in bars) * 1e6 == pytest.approx(counted / tokens)
+
+
+def test_runs_go_with_the_answer_that_holds_them() -> None:
+    made = moesim.replay("demo", limit=1)
+    folder = made.folder
+    assert folder.exists()
+    del made
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_importing_moesim_imports_nothing_heavy() -> None:
