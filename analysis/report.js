@@ -31,6 +31,7 @@
     experts: ["experts", "#2a9d8f"], sync: ["routing to the host", "#c2a878"],
     plan: ["the policy's own", "#e9c46a"], stall: ["stall", "#e07a6b"],
     cpu_wait: ["waiting for host experts", "#b56576"], idle: ["idle", "#6d7685"],
+    exchange: ["between devices", "#4878d0"],
   };
   const FATE = {
     demand: ["on demand", "#e76f51"], used: ["prefetched and used", "#2a9d8f"],

@@ -10,10 +10,9 @@ from typing import Any
 from moesim.analysis import report_timeline
 from moesim.analysis.report_entropy import Entropy
 from moesim.analysis.report_facts import is_tied, ms, size
-from moesim.analysis.report_runs import Run, Setting, tables
+from moesim.analysis.report_runs import PARTS, Run, Setting, parts_ns, tables
 from moesim.analysis.report_text import plain
 from moesim.analysis.report_timeline import Timeline
-from moesim.analysis.validate_runs import PARTS
 from moesim.errors import MoesimError, UsageError
 from moesim.profile import ModelProfile
 from moesim.tally import FATES
@@ -205,7 +204,7 @@ def _row(setting: int, run: Run, names: Names) -> dict[str, Any]:
         "moved": s["bytes_loaded"],
         "hit": s["hits"] / s["accesses"] if s["accesses"] else None,
         "time": s["time_ns"],
-        "parts": [s["times_ns"][part] for part in PARTS],
+        "parts": parts_ns(s),
         # Bytes of prefetches that were still moving at the end are in neither.
         "fates": [max(0, s["bytes_loaded"] - prefetched), *(nbytes[fate] for fate in FATES)],
         "layers": s["layer_stall_ns"],

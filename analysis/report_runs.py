@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesim.analysis.validate_runs import PARTS
+from moesim.analysis import validate_runs
 from moesim.errors import UsageError
 from moesim.result import MANIFEST, REQUESTS, SCHEMA, SUMMARY, canonical, read_run, request_times
 from moesim.tally import FATES
 
 ROOF = "all resident"
+PARTS = (*validate_runs.PARTS, "exchange")
+"""Where the compute lane's time goes; runs of one device may not tell of the last."""
 
 _FREE = {
     "policy", "capacity", "capacity_as_typed", "set", "initial", "initial_experts", "allowed",
@@ -199,7 +201,7 @@ def _run(folder: Path) -> Run:
 def _check(manifest: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
     """What the page rests on is there, and is a number where it must be one."""
     wanted = [summary[name] for name in _NUMBERS]
-    wanted += [summary["times_ns"][part] for part in PARTS]
+    wanted += parts_ns(summary)
     wanted += [summary["prefetch"]["bytes"][fate] for fate in FATES]
     wanted += list(summary["layer_stall_ns"])
     perhaps = [summary[f"{what}_ns"][name] for what in ("ttft", "tpot") for name in ("mean", "p99")]
@@ -294,7 +296,16 @@ def _told(facts: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(link, int | float):
         plain = {**hardware, "link": {**hardware["link"], "bytes_per_s": 0}}
         told["profile"] = _digest([plain, model])
-    return told | {key: _short(value) for key, value in rest.items()}
+    return told | {key: _short(value) for key, value in _flat(rest)}
+
+
+def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Facts that hold facts (how requests were served), one by one: a digest would say nothing."""
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat({f"{key}.{name}": one for name, one in value.items()})
+        else:
+            yield key, value
 
 
 def rate(value: object) -> str:
@@ -315,6 +326,12 @@ def _short(value: Any) -> str:
     if len(text) == 64 and not text.strip("0123456789abcdef"):
         return text[:8]
     return text if len(text) <= 40 else _digest(value)
+
+
+def parts_ns(summary: Mapping[str, Any]) -> list[int]:
+    """The run's time by ``PARTS``."""
+    times = summary["times_ns"]
+    return [times[part] for part in validate_runs.PARTS] + [times.get("exchange", 0)]
 
 
 def tables(run: Run) -> list[str]:
