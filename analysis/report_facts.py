@@ -72,9 +72,11 @@ def answer(setting: Setting, every: Sequence[Setting]) -> Answer:
     places = [p for c in setting.capacities() if (p := _place(setting, c, judged)) is not None]
     told = Answer(_headline(setting, places))
     told.lines = [_line(place, setting) for place in places]
-    told.belief = [*_belief(setting), *_validation(setting, every)]
+    told.lines += _served(places)
+    told.belief = [*_belief(setting), *_overload(setting), *_validation(setting, every)]
     if not all("ladder" in place.best.summary for place in places):
-        told.belief.append("How far from the bounds is not known: replay with --ladder --out")
+        how = "replay with --ladder --out" if _has_ladder(setting) else "such runs have no ladder"
+        told.belief.append(f"How far from the bounds is not known: {how}")
     _diagnose(setting, told)
     return told
 
@@ -235,6 +237,40 @@ def _diagnosis(found: dict[str, Any]) -> str:
         f"token touches {size(found['token_bytes'])}; every miss is stall below a link of "
         f"{rate(even) if even else 'any speed'}"
     )
+
+
+def _has_ladder(setting: Setting) -> bool:
+    """Whether ``moesim replay`` would run the oracle ladder: one device, and no arrivals."""
+    facts = setting.facts
+    timed = facts.get("arrivals", "back-to-back") != "back-to-back"
+    timed = timed or any(run.summary.get("serving") for run in setting.runs)
+    return not timed and not any(run.summary.get("devices") for run in setting.runs)
+
+
+def _served(places: Sequence[_Place]) -> Iterator[str]:
+    """Where requests arrive: what the quickest of each capacity made of them."""
+    for place in places:
+        told = place.best.summary.get("serving")
+        if not told:
+            continue
+        waited = told["queue_ns"]["mean"]
+        line = f"At {place.capacity}, {told['finished']} of {told['arrived']} requests were served"
+        if waited is not None:
+            line += f", after waiting {ms(waited)} on average"
+        asked = (place.best.manifest.get("serving") or {}).get("slo") or {}
+        if told["good_share"] is not None and any(asked.values()):
+            line += f"; {told['good_share']:.0%} of those counted kept every limit asked for"
+        yield line
+
+
+def _overload(setting: Setting) -> Iterator[str]:
+    told = [(run, run.summary.get("serving") or {}) for run in setting.runs]
+    over = [f"{run.label} at {run.summary['capacity']}" for run, s in told if s.get("overloaded")]
+    if over:
+        yield (
+            f"Overloaded: {_listed(over)}. Waiting grows as long as requests arrive, so times to "
+            "the first token say how long the run was, not how quick the system is"
+        )
 
 
 # ---- how much is believed ------------------------------------------------------------------------

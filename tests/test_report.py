@@ -381,3 +381,31 @@ def test_a_sweep_is_read_from_its_table(kept: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"run_dir": folders}), tmp_path / "runs" / "results.parquet")
     made = page([tmp_path / "runs" / "results.parquet"])
     assert made.runs == len(folders)
+
+
+def test_runs_that_serve_arrivals_and_several_devices_are_told_as_what_they_are(
+    tmp_path: Path,
+) -> None:
+    base = ["replay", "--trace", "demo", "--policy", "lru", "--out", str(tmp_path)]
+    timed = ["--arrivals", "poisson:2", "--scheduler", "decode-first", "--limit", "3"]
+    assert main([*base, *timed, "--batch", "2"]) == 0
+    assert main([*base, "--hardware", "rtx3090x6", "--capacity", "50%", "--limit", "1"]) == 0
+    found = settings(read([tmp_path]))
+    told = {bool(s.runs[0].summary["serving"]): answer(s, found) for s in found}
+    assert any("3 of 3 requests were served" in line for line in told[True].lines)
+    for one_of in told.values():
+        assert any("such runs have no ladder" in line for line in one_of.belief)
+    assert any("decode-first" in setting.name for setting in found)
+    drawn = data(page([tmp_path]).html)
+    assert drawn["parts"][-1] == "exchange"
+    assert [sum(run["parts"]) for run in drawn["runs"]] == [run["time"] for run in drawn["runs"]]
+    assert any(run["parts"][-1] for run in drawn["runs"])
+
+
+def test_an_overloaded_run_is_called_so(tmp_path: Path) -> None:
+    line = ["--policy", "lru", "--limit", "2", "--arrivals", "poisson:1", "--out", str(tmp_path)]
+    assert main(["replay", "--trace", "demo", *line]) == 0
+    (folder,) = tmp_path.iterdir()
+    changed(folder, "summary.json", lambda s: s["serving"].update(overloaded=True))
+    ((_, told),) = page([tmp_path]).answers
+    assert any(line.startswith("Overloaded: lru at 25%") for line in told.belief)
