@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 
 from moesim.cli import main
-from moesim.engine import kernel
 from moesim.engine.fast import FastEngine
 from moesim.engine.reference import ReferenceEngine
 from moesim.errors import PolicyError, UsageError
@@ -302,7 +301,7 @@ def test_ctrl_c_on_the_way_into_a_policy_is_not_lost(
     """Where the core calls Python, an error that is raised before its first line has no caller."""
     case = mixed_case(np.random.default_rng(3))
     engine = FastEngine(setup_of(case, PlainPolicy()))  # type: ignore[arg-type]
-    run, entered = kernel.run, [0]
+    run, entered = engine._run_core, [0]
 
     def pressed(machine: Any) -> int:
         entered[0] += 1
@@ -312,7 +311,7 @@ def test_ctrl_c_on_the_way_into_a_policy_is_not_lost(
         _, stopped = map(operator.call, (_thread.interrupt_main, partial(run, machine)))
         return int(stopped)
 
-    monkeypatch.setattr(kernel, "run", pressed)
+    monkeypatch.setattr(engine, "_run_core", pressed)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

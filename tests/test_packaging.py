@@ -117,8 +117,17 @@ def test_the_entry_points_are_the_table_of_seats(project: dict[str, Any]) -> Non
     assert project["project"]["scripts"] == {"moesim": "moesim.cli:program"}
 
 
-EXTRA_OF = {"traces": "record", "real": "real", "analysis": "figures"}
-"""What the code of a folder may import beside the dependencies."""
+EXTRA_OF = {
+    "traces": "record",
+    "real": "real",
+    "analysis": "figures",
+    "moesim/planning": "plan",
+    "moesim/bench/record.py": "record",
+    "moesim/cli/record.py": "record",
+    "moesim/api.py": "figures",
+    "moesim/sweeps": "ray",
+}
+"""What a folder or file may import beside the dependencies."""
 
 
 def named(texts: Iterable[str]) -> set[str]:
@@ -140,11 +149,10 @@ def imported(path: Path) -> set[str]:
 def test_everything_that_is_imported_is_declared(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
     declared = named(project["project"]["dependencies"])
-    assert declared == {"llvmlite", "numba", "numpy", "pyarrow", "rich", "simpy"}
+    assert declared == {"joblib", "llvmlite", "numba", "numpy", "pyarrow", "rich", "shtab", "simpy"}
     for path in (p for folder in ("moesim", *LINKED) for p in (ROOT / folder).rglob("*.py")):
         inside = path.relative_to(ROOT)
-        extra = EXTRA_OF.get(inside.parts[0], "record" if inside.name == "record.py" else "")
-        extra = "plan" if inside.parts[:2] == ("moesim", "planning") else extra
+        extra = next((x for p, x in EXTRA_OF.items() if inside.is_relative_to(p)), "")
         more = "quality" if inside.name == "quality_rouge.py" else ""
         more = "report" if inside.parent.name == "analysis" and "report" in inside.name else more
         if not _linked(path):
