@@ -69,10 +69,10 @@ class Source:
         Absent
             If the run's folder is not beside the table.
         """
-        path = self.path.parent / "runs" / str(folder) / REQUESTS
+        path = self.path.parent / str(folder) / REQUESTS
         if not path.is_file():
             raise Absent(
-                f"runs/{folder}: not beside the table; this figure needs the folders of its runs: "
+                f"{folder}: not beside the table; this figure needs the folders of its runs: "
                 f"{self.command}"
             )
         return pd.read_parquet(path)

@@ -47,7 +47,7 @@ def _row(grid: str, policy: str, number: int, **more: Any) -> dict[str, Any]:
     fates = ("used", "late", "wasted", "cancelled", "unused_at_end")
     return {
         "grid": grid, "policy": policy, "capacity": "30%", "set": "", "trace": trace,
-        "costs": COSTS.get(case), "not_run": None, "folder": f"run{number}",
+        "costs": COSTS.get(case), "not_run": None, "folder": f"runs/run{number}",
         "trace_digest": _digest(trace), "source_digest": "s", "schema": SCHEMA,
         "model": COSTS.get(case, "olmoe-1b-7b"), "hardware_name": "rtx3090",
         "hardware_source": "datasheet", "capacity_bytes": 2**30, "allowed": ["gate=topk"],
@@ -115,7 +115,7 @@ def _kept(table: pd.DataFrame, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     table.to_parquet(folder / "results.parquet")
     for name in table["folder"].dropna():
-        run = folder / "runs" / name
+        run = folder / name
         run.mkdir(parents=True, exist_ok=True)
         pd.DataFrame({"end_to_end_ns": [10**9, 2 * 10**9]}).to_parquet(run / "requests.parquet")
     return folder

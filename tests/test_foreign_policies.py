@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moesim.ask.arguments import initial
 from moesim.cli import main
-from moesim.cli.replay import _initial
 from moesim.errors import MoesimError, UsageError
 from moesim.profile import load_hardware
 from moesim.replays import Request, replay
@@ -106,7 +106,7 @@ def test_an_initial_state_that_nests_too_deep(tmp_path: Path) -> None:
     path = tmp_path / "deep.json"
     path.write_text("[" * 100_000)
     with pytest.raises(UsageError, match="not JSON"):
-        _initial(str(path))
+        initial(str(path))
 
 
 def test_everything_resident_misses_nothing_whatever_the_run_gives_up() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim import fit as fitting
+from moesim import fitting
 from moesim.cli import main
 from moesim.errors import MoesimError, NotRunError, UsageError
 from moesim.past import Share, parse_split, requests_of

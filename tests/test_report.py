@@ -197,7 +197,7 @@ def clock_of(run: Run) -> report_timeline.Timeline:
 
 def test_what_is_demanded_was_needed_before(kept: Path) -> None:
     """Without prefetches, a load starts after the gate that needs it, and is always used."""
-    (lru, *_) = [run for run in read([kept]) if run.summary["policy"] == "lru"]
+    (lru,) = read([one(kept, "lru")])
     clock = clock_of(lru)
     loads = [span for span in clock.spans if span.lane == "demand"]
     assert len(loads) == lru.summary["misses"] > 0

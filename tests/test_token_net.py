@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moesim import fit as fitting
+from moesim import fitting
 from moesim.cli import main
 from moesim.engine.fast import FastEngine
 from moesim.engine.reference import ReferenceEngine

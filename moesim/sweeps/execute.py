@@ -104,6 +104,7 @@ def local(jobs: int) -> Executor:
             yield from (serve(one, runs) for one in passes)
             return
         from joblib import Parallel, delayed
+        from joblib.externals.loky import get_reusable_executor
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         workers = min(jobs, len(passes))
@@ -116,6 +117,10 @@ def local(jobs: int) -> Executor:
                 "--jobs: a worker was killed, perhaps for want of memory; what had ended is kept: "
                 "run again, with fewer --jobs"
             ) from None
+        except KeyboardInterrupt:
+            # What is not given back here, joblib's tracker would report line by line.
+            get_reusable_executor().shutdown(wait=True, kill_workers=True)
+            raise
 
     return execute
 
