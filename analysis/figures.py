@@ -50,7 +50,7 @@ def draw(
     UsageError
         If a name is unknown, the folder cannot be written, or nothing at all can be drawn.
     """
-    wanted = _wanted(paper, only)
+    wanted = names_of(paper, only)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; name a folder")
     beside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -77,7 +77,14 @@ def _clear(out: Path, made: Sequence[Drawn]) -> None:
             (out / f"{one.name}.{kind}").unlink(missing_ok=True)
 
 
-def _wanted(paper: str, only: Sequence[str]) -> list[str]:
+def names_of(paper: str, only: Sequence[str]) -> list[str]:
+    """The figures that are meant; all where ``only`` is empty.
+
+    Raises
+    ------
+    UsageError
+        For a name that is none of the paper's.
+    """
     known = PAPERS[paper]
     for name in only:
         if name not in known:

@@ -336,6 +336,7 @@ def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     [(["--runs", "nowhere"], "no such table of runs; make it: moesim figures --paper own"),
      (["--measured", "nowhere"], "--measured nowhere: no such folder"),
      (["--runs", "RUNS", "--only", "figure99"], "--only figure99: no such figure of own"),
+     (["--only", "figure99"], "--only figure99: no such figure of own"),
      (["--trace", "a/x.parquet", "--trace", "b/x.parquet"], "two are called x")],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(

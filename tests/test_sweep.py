@@ -417,6 +417,18 @@ def test_two_workers_may_write_one_run(tmp_path: Path) -> None:
     assert len(list((tmp_path / "same").iterdir())) == 4
 
 
+def test_what_is_wrong_alone_hides_nothing_that_is_wrong_together(sweep: Said, here: Path) -> None:
+    lines = ("[[grid]]", 'name = "a"', 'trace = "t.parquet"', 'policy = ["lru", "nope"]')
+    more = ('capacity = ["25%", "x"]', 'seed = [1, "q"]', "capacty = 1")
+    (here / "e.toml").write_text("\n".join((*lines, *more)))
+    code, out, err = sweep()
+    assert (code, out) == (2, "") and not (here / "out").exists()
+    told = err.splitlines()
+    assert all(line.startswith("moesim: error: e.toml:") for line in told) and len(told) == 4
+    for word in ("nope: unknown", "--capacity x: ", "e.toml:6: --seed", "e.toml:7: capacty: "):
+        assert word in err
+
+
 # ---- stopped, and gone on ------------------------------------------------------------------------
 
 KILLED = """

@@ -88,7 +88,7 @@ def _too_small(
 ) -> str:
     if budget is not None:
         return (
-            f"--budget: {budget} bytes hold no expert of {model} a device; give at least {largest}"
+            f"--budget: {budget} bytes a device hold no expert of {model}; give at least {largest}"
         )
     needed = made.reserved_bytes + made.weights_bytes + made.kv_bytes
     return (

@@ -78,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
     with _library():
         from moesim.analysis.claims import compare
         from moesim.analysis.figure_source import read
-        from moesim.analysis.figures import draw
+        from moesim.analysis.figures import draw, names_of
 
+        only = [name.strip() for text in args.only for name in text.split(",")]
+        names_of(args.paper, only)
         runs = args.runs if args.runs is not None else _swept(args)
         source = read(runs, _command(args), args.measured)
-        only = [name.strip() for text in args.only for name in text.split(",")]
         with requests_progress(f"figures of {args.paper}", "figures") as progress:
             drawn = draw(args.paper, source, args.out, only, progress)
         compared = None if only else compare(args.paper, source, args.out)

@@ -128,18 +128,18 @@ class _Reader:
         self.path, self.lines, self.data = path, lines, data
         self.smoke, self.instead = smoke, instead
         self.wrong: list[tuple[int, str]] = []
+        self.unusable: set[Place] = set()
+        """Options that are wrong by themselves; the others are checked without them."""
 
     def read(self) -> Experiment:
         self._check_top()
         grids = self._grids()
         self._check_names(grids)
-        sound = self._check_tables(self._shared())
-        found: list[Configuration] = []
-        for number, grid in enumerate(grids):
-            small = ("grid.smoke", number, grid.get("smoke", {}))
-            if self._check_tables([("grid", number, grid), small]) and sound:
-                found += self._spelled_out(number, grid)
-        self._check_meaning(found)
+        for table, number, values in self._tables(grids):
+            self._check_table(table, number, values)
+        found = [one for at, grid in enumerate(grids) for one in self._spelled_out(at, grid)]
+        if not any(key == "trace" for *_, key in self.unusable):
+            self._check_meaning(found)
         if self.wrong:
             raise ExperimentError([self._told(*one) for one in dict.fromkeys(sorted(self.wrong))])
         name = self.data.get("name", self.path.stem)
@@ -165,10 +165,13 @@ class _Reader:
             if not isinstance(self.data.get(key, ""), str):
                 self._say(("", 0, key), f"{key}: must be a text")
 
-    def _shared(self) -> list[tuple[str, int, Any]]:
-        """The tables that hold for every grid."""
-        tables = [(name, 0, self.data.get(name, {})) for name in ("defaults", "smoke")]
-        return [*tables, (WITH, 0, self.instead)]
+    def _tables(self, grids: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, Any]]:
+        for name in ("defaults", "smoke"):
+            yield name, 0, self.data.get(name, {})
+        yield WITH, 0, self.instead
+        for number, grid in enumerate(grids):
+            yield "grid", number, grid
+            yield "grid.smoke", number, grid.get("smoke", {})
 
     def _grids(self) -> list[Mapping[str, Any]]:
         grids = self.data.get("grid", [])
@@ -192,40 +195,38 @@ class _Reader:
 
     # ---- options ---------------------------------------------------------------------------------
 
-    def _check_tables(self, tables: Sequence[tuple[str, int, Any]]) -> bool:
-        """Whether every option of some tables is right by itself."""
-        before = len(self.wrong)
-        for table, number, values in tables:
-            if isinstance(values, dict):
-                self._check_table(table, number, values)
-            else:
-                name = table.rpartition(".")[2]
-                self._say((table, number, ""), f"{name}: must be a table, [{table}]")
-        return len(self.wrong) == before
-
-    def _check_table(self, table: str, number: int, values: Mapping[str, Any]) -> None:
+    def _check_table(self, table: str, number: int, values: Any) -> None:
+        """Whether every option of a table is right by itself."""
+        if not isinstance(values, dict):
+            name = table.rpartition(".")[2]
+            self._say((table, number, ""), f"{name}: must be a table, [{table}]")
+            return
         for key, value in values.items():
             if table != "grid" or key not in ("name", "smoke"):
                 for text in _mistakes(key.replace("_", "-"), value):
                     self._say((table, number, key), text)
+                    self.unusable.add((table, number, key))
 
     def _spelled_out(self, number: int, grid: Mapping[str, Any]) -> Iterator[Configuration]:
-        values = self._values(grid)
+        values = self._values(number, grid)
         lists = [_each(value) for value in values.values()]
         line = self.lines.get(("grid", number, ""), 1)
         for point in product(*lists):
             name = str(grid.get("name", ""))
             yield Configuration(name, dict(zip(values, point, strict=True)), line)
 
-    def _values(self, grid: Mapping[str, Any]) -> dict[str, Any]:
+    def _values(self, at: int, grid: Mapping[str, Any]) -> dict[str, Any]:
         """Option, spelled with dashes -> value or list of values."""
         own = {k: v for k, v in grid.items() if k not in ("name", "smoke")}
-        layers = [self.data.get("defaults", {}), own]
+        layers = [("defaults", 0, self.data.get("defaults", {})), ("grid", at, own)]
         if self.smoke:
-            layers += [self.data.get("smoke", {}), grid.get("smoke", {})]
+            layers.append(("smoke", 0, self.data.get("smoke", {})))
+            layers.append(("grid.smoke", at, grid.get("smoke", {})))
         merged: dict[str, Any] = {}
-        for layer in (*layers, self.instead):
-            merged |= {key.replace("_", "-"): value for key, value in layer.items()}
+        for table, number, values in (*layers, (WITH, 0, self.instead)):
+            for key, value in values.items() if isinstance(values, dict) else ():
+                if (table, number, key) not in self.unusable:
+                    merged[key.replace("_", "-")] = value
         merged = {**BASE, **merged}
         return {**merged, **{name: _listed(merged[name]) for name in SHARED}}
 
