@@ -50,7 +50,7 @@ def _row(grid: str, policy: str, number: int, **more: Any) -> dict[str, Any]:
         "costs": COSTS.get(case), "not_run": None, "folder": f"runs/run{number}",
         "trace_digest": _digest(trace), "source_digest": "s", "schema": SCHEMA,
         "model": COSTS.get(case, "olmoe-1b-7b"), "hardware_name": "rtx3090",
-        "hardware_source": "datasheet", "capacity_bytes": 2**30, "allowed": ["gate=topk"],
+        "hardware_source": "datasheet", "capacity_bytes": 2**30, "allowed": "embedding=none,gate=topk",
         "oracle": policy in own_figures.RUNGS, "lossy": policy in PRUNED,
         "ttft_ns.mean": 5e6 + 1e5 * number, "tpot_ns.mean": 1e6 + 1e5 * (number % 7),
         "hit_rate": 0.3 + number % 5 / 10, "accesses": 100, "prefetch.named_and_demanded": 40,
@@ -208,7 +208,7 @@ def test_bounds_lossy_policies_costs_and_stand_ins_are_marked(runs: dict[str, Pa
     assert hollow["FineMoE"] != "white"
     told = " ".join(caveats(_source(runs, "finemoe").grid("memory")))
     assert "(--costs) of mixtral-8x7b" in told
-    assert "(--allow): gate=topk" in told
+    assert "(--allow): embedding=none, gate=topk." in told
     assert "hindsight" in " ".join(caveats(drawing.rows))
 
 
