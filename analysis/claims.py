@@ -202,33 +202,27 @@ def _narrows(source: Source) -> Finding:
 
 
 def _tracking(source: Source) -> Finding:
-    data = finemoe.figure14(source).data
-    wide = data[data["panel"] == "a"].pivot_table(
-        index="case", columns="way", values="foretold", sort=False
-    )
     order = ["Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
-    if any(name not in wide for name in order):
-        raise Absent("not all ways of tracking were run")
-    told = "; ".join(
-        f"{name_of(c)} " + " ".join(f"{r[n]:.2f}" for n in order) for c, r in wide.iterrows()
-    )
-    held = [r[a] < r[b] for _, r in wide.iterrows() for a, b in pairwise(order)]
-    return Finding(f"foretold of used: {told}", held)
+    return _rising(source, "a", "foretold", order, "foretold of used")
 
 
 def _keeping(source: Source) -> Finding:
+    return _rising(source, "b", "hit_rate", list(finemoe.KEEP.values()), "hit rate")
+
+
+def _rising(source: Source, panel: str, values: str, order: list[str], what: str) -> Finding:
+    """Whether each way in a panel of Figure 14 is above the one before it."""
     data = finemoe.figure14(source).data
-    wide = data[data["panel"] == "b"].pivot_table(
-        index="case", columns="way", values="hit_rate", sort=False
+    wide = data[data["panel"] == panel].pivot_table(
+        index="case", columns="way", values=values, sort=False
     )
-    order = list(finemoe.KEEP.values())
     if any(name not in wide for name in order):
-        raise Absent("not all evictions were run")
+        raise Absent(f"not all of {', '.join(order)} were run")
     told = "; ".join(
         f"{name_of(c)} " + " ".join(f"{r[n]:.2f}" for n in order) for c, r in wide.iterrows()
     )
     held = [r[a] < r[b] for _, r in wide.iterrows() for a, b in pairwise(order)]
-    return Finding(f"hit rate: {told}", held)
+    return Finding(f"{what}: {told}", held)
 
 
 def _valley(source: Source) -> Finding:
