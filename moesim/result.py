@@ -195,7 +195,8 @@ def request_times(folder: Path) -> list[tuple[int, float | None]]:
     """(request, TPOT in ns) of each request of a finished run."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(folder / REQUESTS, columns=["request", "tpot_ns"])
+    with pq.ParquetFile(folder / REQUESTS) as file:
+        table = file.read(columns=["request", "tpot_ns"])
     return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 

@@ -8,6 +8,7 @@ with replacement, under both policies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,22 @@ def _compare(some: Sequence[tuple[Summary, AnyArray]], seed: int) -> None:
 def interval(differences: AnyArray, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of paired differences, float64 [requests]."""
     known = differences[~np.isnan(differences)]
-    blocks = np.array_split(known, min(len(known), MOST_BLOCKS))
-    sums = np.array([block.sum() for block in blocks])
-    sizes = np.array([len(block) for block in blocks])
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    drawn, counts = _draws(seed, len(known))
+    sums = known
+    if len(known) > MOST_BLOCKS:
+        sums = np.array([block.sum() for block in np.array_split(known, MOST_BLOCKS)])
+    means = sums[drawn].sum(axis=1) / counts
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def _draws(seed: int, requests: int) -> tuple[AnyArray, AnyArray]:
+    """Blocks drawn, int64 [draws, blocks], and the requests in them, int64 [draws].
+
+    The same for every run of so many requests, which a sweep has thousands of.
+    """
+    blocks = min(requests, MOST_BLOCKS)
+    drawn = np.random.default_rng(seed).integers(0, blocks, (DRAWS, blocks))
+    sizes = np.full(blocks, requests // blocks) + (np.arange(blocks) < requests % blocks)
+    return drawn, sizes[drawn].sum(axis=1)

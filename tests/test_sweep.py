@@ -546,6 +546,14 @@ def test_passes_hold_every_configuration_once_and_are_whole(
             assert asked[place].rest == one.rest
 
 
+def test_the_last_passes_are_short_so_that_workers_end_together() -> None:
+    asked = list(spelled(5, 10, 20, 1))
+    for jobs in (2, 3, 8, 64):
+        lengths = [len(one.places) for one in passes(asked, jobs)]
+        assert max(lengths[-jobs:]) <= max(1, 10 // jobs)
+    assert {len(one.places) for one in passes(asked, 1)} == {30, 20}
+
+
 def test_a_mistake_of_the_file_is_an_error_with_lines(here: Path) -> None:
     Path("e.toml").write_text("[[grid]]\nname = 'a'\nlimit = 0\n")
     with pytest.raises(ExperimentError) as caught:

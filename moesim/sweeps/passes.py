@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from moesim.sweeps.experiment import Configuration, Option, options_of
 
 MOST = 32
 """Configurations of a pass: a pass that is killed begins anew, so none may be long."""
-TURNS = 4
-"""Passes for each worker, where there are enough: whoever is done early takes another."""
+TURNS = 2
+"""Passes for each worker among those that are left: the last are short, so that workers end
+together, whatever a configuration costs (factoring; Flynn Hummel, Schonberg and Flynn, 1992)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,42 @@ def passes(configurations: Sequence[Configuration], jobs: int) -> list[Pass]:
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, configuration in enumerate(configurations):
         groups.setdefault((configuration.grid, configuration.rest), []).append(place)
-    size = max(1, min(MOST, -(-len(configurations) // (TURNS * max(1, jobs)))))
-    return [
-        part for places in groups.values() for part in _cut(configurations, tuple(places), size)
-    ]
+    size = partial(_size, len(configurations), jobs)
+    made: list[Pass] = []
+    before = 0
+    for places in groups.values():
+        made += _cut(configurations, tuple(places), size, before)
+        before += len(places)
+    return made
+
+
+def _size(total: int, jobs: int, before: int) -> int:
+    """Configurations of the pass that ``before`` others precede."""
+    if jobs == 1:
+        return min(MOST, -(-total // 4))
+    return min(MOST, -(-(total - before) // (TURNS * jobs)))
 
 
 def _cut(
-    configurations: Sequence[Configuration], places: tuple[int, ...], size: int
+    configurations: Sequence[Configuration],
+    places: tuple[int, ...],
+    size: Callable[[int], int],
+    before: int,
 ) -> Iterator[Pass]:
     at = {_pair(configurations[place]): place for place in places}
     policies = list(dict.fromkeys(policy for policy, _ in at))
     capacities = list(dict.fromkeys(capacity for _, capacity in at))
-    # Runs of one policy at many capacities share more of a pass than those of many policies.
-    wide = min(len(capacities), size)
-    tall = max(1, size // wide)
-    for i in range(0, len(policies), tall):
+    while policies:
+        most = size(before)
+        # Runs of one policy at many capacities share more of a pass than those of many policies.
+        wide = -(-len(capacities) // -(-len(capacities) // most))
+        tall = max(1, most // wide)
+        some, policies = policies[:tall], policies[tall:]
         for j in range(0, len(capacities), wide):
-            some, sizes = policies[i : i + tall], capacities[j : j + wide]
+            sizes = capacities[j : j + wide]
             here = tuple(at[p, c] for p in some for c in sizes)
             yield Pass(configurations[here[0]].rest, tuple(some), tuple(sizes), here)
+        before += len(some) * len(capacities)
 
 
 def _pair(configuration: Configuration) -> tuple[str, str]:
