@@ -515,6 +515,22 @@ def test_ctrl_c_keeps_what_ended(here: Path, jobs: str) -> None:
     assert not (here / "out" / "results.parquet").exists()
 
 
+def test_workers_are_of_one_sweep(here: Path, sweep: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second sweep of a process is run where it was asked for, with the policies of there."""
+    assert sweep("--with", "policy=lru,foreign:Mine", jobs=2)[0] == 0
+    there = here / "there"
+    there.mkdir()
+    (there / "e.toml").write_text(GRIDS)
+    (there / "t.parquet").symlink_to(here / "t.parquet")
+    (there / "foreign.py").write_text(FOREIGN.replace("class Mine", "class Other"))
+    monkeypatch.chdir(there)
+    monkeypatch.syspath_prepend(str(there))
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    code, out, _ = sweep("--with", "policy=lru,foreign:Other", jobs=2)
+    assert code == 0 and "not run" not in out
+    assert {row["policy"] for row in table()} == {"lru", "foreign:Other"}
+
+
 def test_a_killed_worker_is_one_line(sweep: Said) -> None:
     code, out, err = sweep("--with", "policy=lru,foreign:Dies", jobs=2)
     assert code == 2 and not out and "a worker was killed" in err and err.count("\n") == 1

@@ -117,10 +117,10 @@ def local(jobs: int) -> Executor:
                 "--jobs: a worker was killed, perhaps for want of memory; what had ended is kept: "
                 "run again, with fewer --jobs"
             ) from None
-        except KeyboardInterrupt:
-            # What is not given back here, joblib's tracker would report line by line.
+        finally:
+            # joblib keeps workers for whoever comes next, in their old folder and with their old
+            # modules; and what is not given back here, its tracker would report line by line.
             get_reusable_executor().shutdown(wait=True, kill_workers=True)
-            raise
 
     return execute
 
