@@ -231,6 +231,7 @@ def _process(suite: Suite, piece: Piece, left_s: float) -> tuple[int | None, str
                     stdin=subprocess.DEVNULL,
                     cwd=piece.folder,
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                    preexec_fn=_hear_interrupts,
                 ),
                 left_s,
             )
@@ -240,6 +241,12 @@ def _process(suite: Suite, piece: Piece, left_s: float) -> tuple[int | None, str
     finally:
         beside.unlink(missing_ok=True)
     return code, lines[-1] if lines else ""
+
+
+def _hear_interrupts() -> None:
+    """In the child: a shell has what it starts in the background ignore Ctrl-C, and that is
+    inherited, but it is how a piece is told that time is up."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _waited(process: subprocess.Popen[bytes], left_s: float) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,20 @@ def test_a_piece_that_hangs_leaves_time_for_the_others(tmp_path: Path, pieces: l
     pieces += scripts("import time; time.sleep(60)", "print(1)")
     pieces[0] = replace(pieces[0], share=0.02)
     assert states(suite.run(Suite(tmp_path, minutes=1), QUIET)) == ["time is up", "done"]
+
+
+def test_time_that_is_up_is_heard_in_the_background_too(
+    tmp_path: Path, pieces: list[Piece]
+) -> None:
+    """A shell starts what runs in the background with Ctrl-C ignored."""
+    pieces += scripts("import time; time.sleep(50)")
+    begun = time.monotonic()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert states(suite.run(Suite(tmp_path, minutes=1 / 60), QUIET)) == ["time is up"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begun < 40
 
 
 def test_ctrl_c_leaves_no_process(
