@@ -192,6 +192,8 @@ class Answers:
     def _worth(self, experts: IntArray) -> IntArray:
         """Of keys, in an array that the policy may keep. A copy of lower precision is worth
         nothing beside a full one."""
+        if self._precisions == 1:
+            return self._of_experts(experts)
         low = experts >= self._size
         if low.any():
             experts %= self._size
